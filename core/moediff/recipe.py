@@ -1,0 +1,200 @@
+"""A recipe: one strategy per role, the budget, the number of experts and the seed."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from moediff.cost import Budget
+from moediff.errors import IncompatibleError, OptionError, UnknownNameError, did_you_mean
+from moediff.registry import Registry, installed
+from moediff.roles import (
+    Clusterer,
+    ExpertTuner,
+    Gate,
+    MixtureTuner,
+    Pruner,
+    Scorer,
+)
+from moediff.sampling import Sampling
+
+COMPONENTS: dict[str, tuple[str, type[Any]]] = {
+    "scorer": ("scorers", Scorer),
+    "clusterer": ("clusterers", Clusterer),
+    "gate": ("gates", Gate),
+    "pruner": ("pruners", Pruner),
+    "prepare": ("tuners", ExpertTuner),
+    "recover": ("tuners", MixtureTuner),
+}
+"""Recipe field -> the hook that offers its strategies and the protocol they fulfil."""
+
+
+@attrs.frozen
+class Recipe:
+    """One frozen value that says how a mixture is built. Swap a component with `attrs.evolve`.
+
+    Raises:
+        OptionError: a component is a class instead of an instance, or fulfils another role.
+        IncompatibleError: a strategy needs what no other one provides.
+    """
+
+    scorer: Scorer
+    clusterer: Clusterer
+    gate: Gate
+    pruner: Pruner
+    budget: Budget
+    experts: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    prepare: ExpertTuner | None = None
+    recover: MixtureTuner | None = None
+    sampling: Sampling = attrs.field(factory=Sampling)
+    seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        for field, (_, protocol) in COMPONENTS.items():
+            value = getattr(self, field)
+            optional = field in ("prepare", "recover")
+            if isinstance(value, type):
+                raise OptionError(f"{field}: got the class {value.__name__}; pass an instance.")
+            if not isinstance(value, protocol) and not (optional and value is None):
+                raise OptionError(
+                    f"{field}: got {value!r}, which is no {protocol.__name__}"
+                    f"{' or None' if optional else ''}."
+                )
+        self._check_needs()
+
+    def _check_needs(self) -> None:
+        members: dict[str, Any] = {field: getattr(self, field) for field in COMPONENTS}
+        members["counter"] = self.budget.counter
+        for field, strategy in members.items():
+            others = [other for name, other in members.items() if name != field]
+            offered = frozenset().union(*(getattr(o, "provides", ()) for o in others))
+            missing = sorted(frozenset(getattr(strategy, "needs", ())) - offered)
+            if missing:
+                raise IncompatibleError(
+                    f"{field}: {type(strategy).__name__} needs {', '.join(missing)}, which no other "
+                    f"strategy of this recipe provides; they provide {', '.join(sorted(offered))}. "
+                    "Swap one of them."
+                )
+
+    def to_tables(self, registry: Registry | None = None) -> dict[str, Any]:
+        """The recipe as the tables of a recipe file, JSON-serialisable."""
+        registry = registry or installed()
+
+        def table(strategy: Any) -> dict[str, Any] | None:
+            if strategy is None:
+                return None
+            return {"name": registry.name_of(strategy), **attrs.asdict(strategy)}
+
+        budget = {"value": self.budget.value, "of": self.budget.of}
+        return {
+            **{field: table(getattr(self, field)) for field in COMPONENTS},
+            "budget": {**budget, "counter": table(self.budget.counter)},
+            "experts": self.experts,
+            "sampling": attrs.asdict(self.sampling),
+            "seed": self.seed,
+        }
+
+
+def _component(registry: Registry, hook: str, value: Any) -> Any:
+    """A strategy from a table, a bare name or an instance."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if isinstance(value, Mapping):
+        options = dict(value)
+        if "name" not in options:
+            raise OptionError(f"{hook.removesuffix('s')}: the table has no `name`.")
+        return registry.create(hook, options.pop("name"), options)
+    return value
+
+
+def recipe_from_tables(tables: Mapping[str, Any], registry: Registry | None = None) -> Recipe:
+    """Build a recipe from plain tables; values may also be instances.
+
+    Raises:
+        UnknownNameError: an unknown table, strategy or option.
+        OptionError: a table that is required is missing, or a value is refused.
+    """
+    registry = registry or installed()
+    allowed = [field.name for field in attrs.fields(Recipe)]
+    for key in tables:
+        if key not in allowed:
+            raise UnknownNameError(f"recipe: unknown key {key!r}.{did_you_mean(key, allowed)}")
+    missing = [f.name for f in attrs.fields(Recipe) if f.default is attrs.NOTHING]
+    missing = [name for name in missing if tables.get(name) is None]
+    if missing:
+        raise OptionError(f"recipe: {', '.join(missing)} missing; add a table for each.")
+    values = dict(tables)
+    for field, (hook, _) in COMPONENTS.items():
+        if field in values:
+            values[field] = _component(registry, hook, values[field])
+    budget = values["budget"]
+    if isinstance(budget, Mapping):
+        content = {"of": "live", **budget}
+        extra = set(content) - {"value", "counter", "of"}
+        if extra or len(content) < 3:
+            raise OptionError(
+                f"budget: got the keys {sorted(budget)}; allowed are value, counter and of."
+            )
+        content["counter"] = _component(registry, "counters", content["counter"])
+        values["budget"] = _build(Budget, content)
+    if isinstance(values.get("sampling"), Mapping):
+        values["sampling"] = _build(Sampling, values["sampling"])
+    return Recipe(**values)
+
+
+def _build(cls: type[Any], options: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**options)
+    except TypeError as error:
+        allowed = ", ".join(field.name for field in attrs.fields(cls))
+        raise OptionError(f"{cls.__name__.lower()}: {error}. Allowed are {allowed}.") from error
+
+
+def load_recipe(source: str | Path, registry: Registry | None = None, **overrides: Any) -> Recipe:
+    """Load a registered recipe by name, or a TOML file, and override parts of it.
+
+    Args:
+        source: a name such as "moedm", or the path of a `.toml` file. A file may start from a
+            registered recipe with `base = "moedm"`.
+        registry: where names are looked up; the installed plugins by default.
+        overrides: recipe fields; `budget` may be a bare share, a strategy a name or an instance.
+
+    Raises:
+        UnknownNameError: no such recipe, file, table or option.
+    """
+    registry = registry or installed()
+    path = Path(source)
+    if path.suffix == ".toml":
+        tables = _read_toml(path)
+        for extra in ("model", "task"):  # what a run is about, not how it is built
+            tables.pop(extra, None)
+        if "base" in tables:
+            tables = merge(dict(registry.get("recipes", tables.pop("base"))), tables)
+    else:
+        tables = dict(registry.get("recipes", str(source)))
+    if isinstance(overrides.get("budget"), (int, float)):
+        overrides["budget"] = {**tables["budget"], "value": overrides["budget"]}
+    return recipe_from_tables({**tables, **overrides}, registry)
+
+
+def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a file's tables over a recipe's: a table without a `name` changes single options."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        deep = isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value
+        merged[key] = merge(dict(old), value) if deep else value  # type: ignore[arg-type]
+    return merged
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnknownNameError(f"recipe: cannot read {path}: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"recipe: {path} is not valid TOML: {error}.") from error

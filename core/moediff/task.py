@@ -1,0 +1,262 @@
+"""The data that the user cares about: clean samples, their conditioning, noise and loss."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import nn
+
+from moediff.errors import DataError, OptionError
+from moediff.sampling import Conditioning, predict
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """B clean samples (B, C, H, W) with their conditioning, each tensor of B rows."""
+
+    clean: torch.Tensor
+    conditioning: Conditioning
+
+
+@attrs.frozen(eq=False)
+class Task:
+    """Clean samples with their conditioning, and how the denoising loss is drawn from them.
+
+    Attributes:
+        samples: (n, C, H, W) floats, images in [-1, 1] or latents.
+        conditioning: keyword -> tensor with n rows, for example `class_labels` (n,).
+        null: keyword -> one row, the unconditional counterpart for classifier-free guidance.
+        drop_conditioning: share of training rows whose conditioning is replaced by `null`.
+    """
+
+    samples: torch.Tensor
+    conditioning: Conditioning = attrs.field(factory=dict)
+    null: Conditioning = attrs.field(factory=dict)
+    drop_conditioning: float = attrs.field(
+        default=0.1, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
+    )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: np.ndarray[Any, Any],
+        labels: np.ndarray[Any, Any] | Sequence[int] | None = None,
+        null_label: int | None = None,
+    ) -> Task:
+        """Build a task from images (n, H, W, C), uint8 or float in [-1, 1], and labels (n,).
+
+        Args:
+            images: the clean images.
+            labels: class numbers, for a class-conditional denoiser.
+            null_label: the class that the denoiser was trained to read as "no class".
+
+        Raises:
+            DataError: the shape, type or range is another one, or a value is NaN.
+        """
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+            raise DataError(
+                f"images: got shape {images.shape}; allowed is (n, H, W, C) with n of at least 1 "
+                "and C of 1, 3 or 4. Move the channel axis last, or add one."
+            )
+        if images.dtype == np.uint8:
+            samples = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
+        elif images.dtype.kind == "f":
+            samples = torch.from_numpy(images.astype(np.float32))
+            if not torch.isfinite(samples).all():
+                raise DataError(
+                    "images: got NaN or infinite values; remove or repair those images."
+                )
+            low, high = float(samples.min()), float(samples.max())
+            if low < -1 - 1e-4 or high > 1 + 1e-4:
+                raise DataError(
+                    f"images: got floats from {low:.4g} to {high:.4g}; allowed is [-1, 1]. "
+                    "Rescale them, or pass uint8."
+                )
+        else:
+            raise DataError(f"images: got dtype {images.dtype}; allowed are uint8 and floats.")
+        conditioning: dict[str, torch.Tensor] = {}
+        if labels is not None:
+            array = np.asarray(labels)
+            if array.shape != (len(images),) or array.dtype.kind not in "iu":
+                raise DataError(
+                    f"labels: got shape {array.shape} of {array.dtype}; allowed are "
+                    f"{len(images)} integers, one per image."
+                )
+            conditioning["class_labels"] = torch.from_numpy(array.astype(np.int64))
+        null: dict[str, torch.Tensor] = {}
+        if null_label is not None:
+            null["class_labels"] = torch.tensor([null_label])
+        return cls(samples.permute(0, 3, 1, 2).contiguous(), conditioning, null)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, size: int = 32, null_label: int | None = None) -> Task:
+        """Read images, centre-cropped and resized to `size` pixels.
+
+        Args:
+            path: a folder with one sub-folder per class, a flat folder of images, or an `.npz`
+                file that holds `images` and, if there are any, `labels`.
+            size: height and width of the samples; the arrays of an `.npz` must have it already.
+            null_label: see `from_arrays`.
+
+        Raises:
+            DataError: nothing readable is there.
+        """
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        path = Path(path)
+        if path.suffix == ".npz":
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    images = arrays["images"]
+                    labels = arrays.get("labels", None)
+            except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                raise DataError(
+                    f"data: cannot read {path}: {error}. Give an .npz file that holds `images` "
+                    "(n, H, W, C) and `labels` (n,)."
+                ) from error
+            if images.ndim == 4 and images.shape[1:3] != (size, size):
+                raise DataError(
+                    f"images: got {images.shape[1]}x{images.shape[2]} pixels; allowed is "
+                    f"{size}x{size}. Resize them or pass size={images.shape[1]}."
+                )
+            return cls.from_arrays(images, labels, null_label)
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(
+                f"data: found no images under {path}. Give a folder of "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))} files, one sub-folder per class or flat."
+            )
+        pixels = []
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
+            except (UnidentifiedImageError, OSError) as error:
+                raise DataError(
+                    f"data: cannot read {file}: {error}. Repair or remove it."
+                ) from error
+        folders = [file.relative_to(path).parts[0] for file in files]
+        nested = all(len(file.relative_to(path).parts) > 1 for file in files)
+        names = sorted(set(folders))
+        numbers = [names.index(folder) for folder in folders] if nested else None
+        return cls.from_arrays(np.stack(pixels), numbers, null_label)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def subset(self, classes: Iterable[int]) -> Task:
+        """The part of this task whose class labels are among `classes`."""
+        wanted = sorted(set(classes))
+        if "class_labels" not in self.conditioning:
+            raise DataError(
+                "classes: this task has no labels. Give labels, or do not select classes."
+            )
+        labels = self.conditioning["class_labels"]
+        missing = [c for c in wanted if not (labels == c).any()]
+        if missing or not wanted:
+            raise DataError(
+                f"classes: got {wanted}; allowed are {sorted(set(labels.tolist()))}, the classes "
+                "of this task."
+            )
+        rows = torch.isin(labels, torch.tensor(wanted))
+        chosen = {name: value[rows] for name, value in self.conditioning.items()}
+        return attrs.evolve(self, samples=self.samples[rows], conditioning=chosen)
+
+    def batch(
+        self, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> Batch:
+        """Draw `size` rows with replacement, some with their conditioning dropped."""
+        rows = torch.randint(len(self), (size,), generator=generator)
+        conditioning = {name: value[rows] for name, value in self.conditioning.items()}
+        if self.null:
+            dropped = torch.rand(size, generator=generator) < self.drop_conditioning
+            for name, value in self.null.items():
+                shape = (-1, *([1] * (conditioning[name].ndim - 1)))
+                conditioning[name] = torch.where(dropped.view(shape), value, conditioning[name])
+        return Batch(
+            self.samples[rows].to(device), {k: v.to(device) for k, v in conditioning.items()}
+        )
+
+    def prompts(
+        self, count: int, device: torch.device | str = "cpu"
+    ) -> tuple[Conditioning, Conditioning]:
+        """Conditioning of `count` images to generate, spread evenly over the task; its null."""
+        rows = torch.arange(count) * len(self) // max(count, 1) % len(self)
+        if "class_labels" in self.conditioning:
+            order = torch.argsort(self.conditioning["class_labels"], stable=True)
+            rows = order[rows]
+        chosen = {name: value[rows].to(device) for name, value in self.conditioning.items()}
+        null = {
+            name: value.expand(count, *value.shape[1:]).to(device)
+            for name, value in self.null.items()
+        }
+        return chosen, null
+
+    def check(self, shape: tuple[int, int, int], conditioned: bool) -> None:
+        """Raise `DataError` unless the samples fit a denoiser that takes `shape` (C, H, W)."""
+        if tuple(self.samples.shape[1:]) != shape:
+            raise DataError(
+                f"images: got samples of shape {tuple(self.samples.shape[1:])}; the denoiser takes "
+                f"{shape}. Resize or recolour the images."
+            )
+        if conditioned != ("class_labels" in self.conditioning):
+            raise DataError(
+                "labels: the denoiser is class-conditional and the task has no labels. Pass labels."
+                if conditioned
+                else "labels: the denoiser takes no class labels. Leave the labels out."
+            )
+
+
+def corrupt(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the noisy samples and the target that the denoiser is trained to predict.
+
+    Args:
+        scheduler: the base model's; its `prediction_type` decides the target, and a flow-matching
+            scheduler interpolates linearly (Lipman et al., 2023).
+        clean: (B, C, H, W).
+        noise: (B, C, H, W), standard normal.
+        timesteps: (B,) integers in [0, T).
+    """
+    if not hasattr(scheduler, "add_noise"):
+        total = scheduler.config.num_train_timesteps
+        sigma = ((timesteps + 1) / total).view(-1, 1, 1, 1).to(clean)
+        return (1 - sigma) * clean + sigma * noise, noise - clean
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    kinds: Mapping[str, Callable[[], torch.Tensor]] = {
+        "epsilon": lambda: noise,
+        "sample": lambda: clean,
+        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
+    }
+    kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    if kind not in kinds:
+        raise OptionError(f"prediction_type: got {kind!r}; allowed are {', '.join(sorted(kinds))}.")
+    return noisy, kinds[kind]()
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    scheduler: Any,
+    batch: Batch,
+    timesteps: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Mean squared error () of the denoiser on a batch (DiffPruning Eq. 3).
+
+    The noise is drawn on the CPU from `generator`, independently for every row.
+    """
+    clean = batch.clean
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    noisy, target = corrupt(scheduler, clean, noise, timesteps)
+    prediction = predict(denoiser, noisy, timesteps, batch.conditioning)
+    return torch.nn.functional.mse_loss(prediction, target)

@@ -1,0 +1,1 @@
+"""Anatomies: what models are made of."""

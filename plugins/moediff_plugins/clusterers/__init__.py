@@ -1,0 +1,1 @@
+"""Clusterers: how the timesteps are split."""

@@ -1,0 +1,1 @@
+"""Counters: what a denoiser costs."""

@@ -1,0 +1,1 @@
+"""Gates: how the budget is spent."""

@@ -1,0 +1,1 @@
+"""Metrics: how good and how fast the result is."""

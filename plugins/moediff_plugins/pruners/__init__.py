@@ -1,0 +1,1 @@
+"""Pruners: what may be removed, and the removal."""

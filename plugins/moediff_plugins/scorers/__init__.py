@@ -1,0 +1,1 @@
+"""Scorers: what an expert needs."""

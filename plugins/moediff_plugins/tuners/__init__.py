@@ -1,0 +1,1 @@
+"""Tuners: training before and after the pruning."""
