@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,15 +12,24 @@ from typing import Any
 import attrs
 from torch import nn
 
-from moediff.errors import BudgetError, OptionError, UnknownNameError, did_you_mean
+from moediff.errors import BudgetError, NoEffectWarning, OptionError, UnknownNameError, did_you_mean
 from moediff.mixture import ExpertMixture
-from moediff.plan import Plan, Scores, SearchSpace
+from moediff.plan import REST, Blueprint, Plan, Scores, SearchSpace
 from moediff.recipe import Recipe
 from moediff.registry import Registry, installed
 from moediff.subject import Subject, preserved
 from moediff.task import Task
 from moediff.timesteps import Intervals
-from moediff.workdir import Packed, Run, Tensors, claim, fingerprint, write_json, write_packed
+from moediff.workdir import (
+    Packed,
+    Run,
+    Tensors,
+    claim,
+    fingerprint,
+    settings,
+    write_json,
+    write_packed,
+)
 
 STAGES = ("intervals", "scores", "experts", "plan", "mixture")
 
@@ -119,7 +129,7 @@ def _depends(subjects: Sequence[Subject], task: Task, run: Run, *values: Any) ->
     """What every stage depends on: code, weights, schedule, data, sampling, and the strategy."""
     weights = {id(s.denoiser): s.denoiser for s in subjects}
     return (
-        version("moediff"), [*weights.values()], dict(subjects[0].scheduler.config),
+        version("moediff"), [*weights.values()], settings(subjects[0].scheduler.config),
         [s.interval for s in subjects], task, run.sampling, run.experts, *values,
     )  # fmt: skip
 
@@ -149,18 +159,24 @@ def _rank(
     task: Task, recipe: Recipe, run: Run, given: Mapping[str, Any]
 ) -> Callable[[Subject], SearchSpace]:
     by_interval = "intervals" in getattr(recipe.scorer, "needs", ())
+    known: dict[str, Scores] = {}
 
     def rank(expert: Subject) -> SearchSpace:
         # Without this, experts that are one object would be scored once each.
         scored = expert if by_interval else attrs.evolve(expert, interval=(0, expert.total))
-        scores = given.get("scores") or run.stage(
-            "scores",
-            _depends([scored], task, run, recipe.scorer),
-            lambda: recipe.scorer.score(scored, task, run),
-            pack=lambda s: ({"values": s.values}, s.comparable),
-            unpack=lambda tensors, comparable: Scores(tensors["values"], comparable),
-        )
-        return recipe.pruner.space(expert, scores)
+        if "scores" in given:
+            return recipe.pruner.space(expert, given["scores"])
+        depends = _depends([scored], task, run, recipe.scorer)
+        key = fingerprint(*depends)
+        if key not in known:
+            known[key] = run.stage(
+                "scores",
+                depends,
+                lambda: recipe.scorer.score(scored, task, run),
+                pack=lambda s: ({"values": s.values}, s.comparable),
+                unpack=lambda tensors, comparable: Scores(tensors["values"], comparable),
+            )
+        return recipe.pruner.space(expert, known[key])
 
     return rank
 
@@ -185,7 +201,7 @@ def _prepare(
 
     return run.stage(
         "prepare",
-        _depends(experts, task, run, tuner, recipe.scorer, recipe.pruner),
+        _depends(experts, task, run, tuner, recipe.scorer, recipe.pruner, given.get("scores")),
         lambda: tuner.prepare(experts, rank, intervals, task, run),
         pack=_pack_experts,
         unpack=unpack,
@@ -232,6 +248,13 @@ def _allocate(
                 f"the base model; asked was {recipe.budget.value:.4f}. This is the gate's error."
             )
     plan.check(experts[0].anatomy)
+    kept_whole = all(blueprint == Blueprint() for blueprint in plan.blueprints)
+    if kept_whole and all(plan.copy_numbers(x)[-1] == 0 for x in (REST, *plan.copies)):
+        warnings.warn(
+            "plan: nothing is removed and nothing is copied; the mixture is the base model.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
     return plan
 
 

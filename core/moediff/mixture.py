@@ -1,4 +1,4 @@
-"""The finished mixture: ordinary denoisers, some of their layers shared, and the rule t -> expert."""
+"""The finished mixture: ordinary denoisers that may share layers, and the rule t -> expert."""
 
 from __future__ import annotations
 
@@ -59,6 +59,19 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.scheduler_config = dict(subject.scheduler.config)
         self.scheduler_class = type(subject.scheduler).__name__
 
+    @classmethod
+    def from_experts(cls, experts: Sequence[Subject], plan: Plan) -> ExpertMixture:
+        """Cut N experts as the plan says; copies that start equal are still tied.
+
+        The experts are left alone: the mixture holds weights of its own.
+        """
+        subject = experts[0]
+        denoisers = [expert.denoiser for expert in experts]
+        cut = surgery.assemble(denoisers, subject.anatomy, plan, tied=True)
+        mixture = cls(cut, plan, subject, tied=True)
+        mixture.eval()
+        return mixture
+
     @property
     def intervals(self) -> Intervals:
         """The plan's intervals."""
@@ -106,6 +119,10 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         rows = {index: (routed == index).nonzero().squeeze(1) for index in present}
 
         def part(value: Any, index: int) -> Any:
+            if isinstance(value, Mapping):  # such as `added_cond_kwargs`
+                return {name: part(item, index) for name, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(part(item, index) for item in value)
             batched = isinstance(value, torch.Tensor) and value.shape[:1] == routed.shape
             return value[rows[index].to(value.device)] if batched else value
 
@@ -136,7 +153,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for name, tensor in self.state_dict(keep_vars=True).items():
             if first.setdefault(id(tensor), name) == name:
                 tensors[name] = tensor.detach()
-        return tensors, {
+        data: dict[str, Any] = {
             "format": FORMAT,
             "base_class": self.base_class,
             "config": json.loads(self.to_json_string()),
@@ -145,6 +162,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "tied": self.tied,
             "weights": fingerprint(tensors),
         }
+        return tensors, {**data, "checksum": _checksum(data)}
 
     @classmethod
     def unpack(cls, tensors: Tensors, data: Mapping[str, Any]) -> ExpertMixture:
@@ -157,6 +175,11 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ArtefactError(
                 f"mixture: got format {data.get('format')!r}; this moediff reads {FORMAT}. Build "
                 "it again, or install the moediff that wrote it."
+            )
+        if data["checksum"] != _checksum(data):
+            raise ArtefactError(
+                "mixture: the plan or the config is not the one that was saved (checksum differs). "
+                "Restore a copy, or build a mixture from the other plan: given={'plan': plan}."
             )
         if fingerprint(dict(tensors)) != data["weights"]:
             raise ArtefactError(
@@ -248,6 +271,12 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         raise _refusal("IP-Adapter")
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that decides what the weights mean."""
+    content = {name: value for name, value in data.items() if name != "checksum"}
+    return fingerprint(json.dumps(content, sort_keys=True))
 
 
 def _refusal(feature: str) -> NotImplementedError:

@@ -295,10 +295,19 @@ class Plan:
         Raises:
             PlanError: keys are missing or unknown.
         """
-        content: Mapping[str, Any] = json.loads(data) if isinstance(data, str) else data
-        if set(content) != {"cuts", "blueprints", "copies"}:
+        try:
+            content: Mapping[str, Any] = json.loads(data) if isinstance(data, str) else data
+        except ValueError as error:
+            raise PlanError(f"plan: is not valid JSON ({error}).") from error
+        if not isinstance(content, Mapping) or set(content) != {"cuts", "blueprints", "copies"}:
             raise PlanError(
-                f"plan: got the keys {sorted(content)}; allowed are exactly blueprints, copies, cuts."
+                f"plan: got the keys {sorted(content)}; allowed are exactly blueprints, copies "
+                "and cuts."
             )
+        for entry in content["blueprints"]:
+            if set(entry) != {"drop", "keep"}:
+                raise PlanError(
+                    f"blueprint: got the keys {sorted(entry)}; allowed are exactly drop and keep."
+                )
         blueprints = tuple(Blueprint(**entry) for entry in content["blueprints"])
         return cls(Intervals(content["cuts"]), blueprints, content["copies"])

@@ -10,9 +10,16 @@ from typing import Any
 import attrs
 
 from moediff.cost import Budget
-from moediff.errors import IncompatibleError, OptionError, UnknownNameError, did_you_mean
+from moediff.errors import (
+    IncompatibleError,
+    MoediffError,
+    OptionError,
+    UnknownNameError,
+    did_you_mean,
+)
 from moediff.registry import Registry, installed
 from moediff.roles import (
+    BudgetCounter,
     Clusterer,
     ExpertTuner,
     Gate,
@@ -54,8 +61,10 @@ class Recipe:
     seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
 
     def __attrs_post_init__(self) -> None:
-        for field, (_, protocol) in COMPONENTS.items():
-            value = getattr(self, field)
+        if not isinstance(self.budget, Budget):
+            raise OptionError(f"budget: got {self.budget!r}; pass a Budget(value, counter).")
+        fields = [(field, getattr(self, field), kind) for field, (_, kind) in COMPONENTS.items()]
+        for field, value, protocol in (*fields, ("counter", self.budget.counter, BudgetCounter)):
             optional = field in ("prepare", "recover")
             if isinstance(value, type):
                 raise OptionError(f"{field}: got the class {value.__name__}; pass an instance.")
@@ -75,8 +84,9 @@ class Recipe:
             missing = sorted(frozenset(getattr(strategy, "needs", ())) - offered)
             if missing:
                 raise IncompatibleError(
-                    f"{field}: {type(strategy).__name__} needs {', '.join(missing)}, which no other "
-                    f"strategy of this recipe provides; they provide {', '.join(sorted(offered))}. "
+                    f"{field}: {type(strategy).__name__} needs {', '.join(missing)}, which no "
+                    "other strategy of this recipe provides; they provide "
+                    f"{', '.join(sorted(offered))}. "
                     "Swap one of them."
                 )
 
@@ -143,15 +153,19 @@ def recipe_from_tables(tables: Mapping[str, Any], registry: Registry | None = No
         values["budget"] = _build(Budget, content)
     if isinstance(values.get("sampling"), Mapping):
         values["sampling"] = _build(Sampling, values["sampling"])
-    return Recipe(**values)
+    recipe: Recipe = _build(Recipe, values)
+    return recipe
 
 
 def _build(cls: type[Any], options: Mapping[str, Any]) -> Any:
     try:
         return cls(**options)
-    except TypeError as error:
+    except MoediffError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = error.args[0] if error.args else error  # attrs appends the field and the value
         allowed = ", ".join(field.name for field in attrs.fields(cls))
-        raise OptionError(f"{cls.__name__.lower()}: {error}. Allowed are {allowed}.") from error
+        raise OptionError(f"{cls.__name__.lower()}: {reason}. The fields are {allowed}.") from error
 
 
 def load_recipe(source: str | Path, registry: Registry | None = None, **overrides: Any) -> Recipe:
@@ -177,7 +191,7 @@ def load_recipe(source: str | Path, registry: Registry | None = None, **override
     else:
         tables = dict(registry.get("recipes", str(source)))
     if isinstance(overrides.get("budget"), (int, float)):
-        overrides["budget"] = {**tables["budget"], "value": overrides["budget"]}
+        overrides["budget"] = {**tables.get("budget", {}), "value": overrides["budget"]}
     return recipe_from_tables({**tables, **overrides}, registry)
 
 

@@ -28,7 +28,8 @@ SCHEDULERS = {
 
 
 def _known_scheduler(_: object, __: attrs.Attribute[str], name: str) -> None:
-    if SCHEDULERS.get(name, name) not in dir(diffusers):
+    known = SCHEDULERS.get(name, name)
+    if not known.endswith("Scheduler") or known not in dir(diffusers):
         raise UnknownNameError(
             f"scheduler: got {name!r}, which is neither a short name nor a scheduler class of "
             f"diffusers.{did_you_mean(name, SCHEDULERS)}"

@@ -68,14 +68,19 @@ def preserved(denoiser: nn.Module) -> Iterator[nn.Module]:
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     denoiser.eval()
+    frozen = not any(flags.values())
+    for parameter in denoiser.parameters():
+        parameter.grad = None  # set aside, or a backward pass would add to it in place
+        if frozen:  # as pipelines hand it over; strategies need gradients
+            parameter.requires_grad_(True)
     try:
         yield denoiser
     finally:
         for name, module in denoiser.named_modules():
             module.training = modes.get(name, module.training)
         for name, parameter in denoiser.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = grads[name]
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+            parameter.grad = grads.get(name)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

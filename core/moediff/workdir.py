@@ -40,6 +40,11 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()
 
 
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without its bookkeeping, whose order changes from process to process."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def _feed(digest: Any, value: Any) -> None:
     digest.update(type(value).__qualname__.encode() + b"\0")
     match value:
@@ -50,7 +55,7 @@ def _feed(digest: Any, value: Any) -> None:
         case np.ndarray():
             digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
         case nn.Module():
-            _feed(digest, dict(getattr(value, "config", {})))
+            _feed(digest, settings(getattr(value, "config", {})))
             _feed(digest, dict(value.state_dict()))
         case Mapping():
             for key in sorted(value, key=str):
@@ -296,6 +301,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise WorkdirError(f"{folder}: is a file. Choose a folder.")
-    if folder.exists() and any(folder.iterdir()):
+    # A process that was killed while it wrote run.json leaves only its partial file.
+    if folder.exists() and any(not f.name.endswith(".partial") for f in folder.iterdir()):
         raise WorkdirError(f"{folder}: is not empty and holds no run. Choose an empty folder.")
     write_json(path, dict(identity))

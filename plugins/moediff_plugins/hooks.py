@@ -3,12 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from moediff.hookspecs import hookimpl
 from moediff_plugins.anatomies.unet2d import UNet2D
+from moediff_plugins.clusterers.alignment import Alignment
+from moediff_plugins.clusterers.uniform import Uniform
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.counters.params import Params
+from moediff_plugins.gates.era import ERA
+from moediff_plugins.gates.one_hot import OneHot
+from moediff_plugins.metrics.frechet import Frechet
+from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.pruners.mid_layer import MidLayer
+from moediff_plugins.pruners.structural import Structural
+from moediff_plugins.recipes import RECIPES
+from moediff_plugins.scorers.ablation_l1 import AblationL1
+from moediff_plugins.scorers.magnitude import Magnitude
+from moediff_plugins.scorers.random import Random
+from moediff_plugins.tuners.distill import Distill
+from moediff_plugins.tuners.elastic import Elastic
+from moediff_plugins.tuners.finetune import Finetune
+
+
+@hookimpl
+def scorers() -> Mapping[str, type]:
+    """What the experts need."""
+    return {"ablation-l1": AblationL1, "magnitude": Magnitude, "random": Random}
+
+
+@hookimpl
+def clusterers() -> Mapping[str, type]:
+    """Where the timesteps are split."""
+    return {"alignment": Alignment, "uniform": Uniform}
+
+
+@hookimpl
+def gates() -> Mapping[str, type]:
+    """How the budget is spent."""
+    return {"era": ERA, "one-hot": OneHot}
+
+
+@hookimpl
+def pruners() -> Mapping[str, type]:
+    """What may be removed."""
+    return {"mid-layer": MidLayer, "structural": Structural}
+
+
+@hookimpl
+def counters() -> Mapping[str, type]:
+    """What a denoiser costs."""
+    return {"macs": MACs, "params": Params}
+
+
+@hookimpl
+def tuners() -> Mapping[str, type]:
+    """Training before and after the pruning."""
+    return {"distill": Distill, "elastic": Elastic, "finetune": Finetune}
+
+
+@hookimpl
+def metrics() -> Mapping[str, type]:
+    """How good and how fast the result is."""
+    return {"frechet": Frechet, "latency": Latency}
 
 
 @hookimpl
 def anatomies() -> Mapping[str, type]:
     """Models whose insides are known."""
     return {"unet2d": UNet2D}
+
+
+@hookimpl
+def recipes() -> Mapping[str, Mapping[str, Any]]:
+    """The papers as configurations."""
+    return RECIPES

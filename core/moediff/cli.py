@@ -1,0 +1,145 @@
+"""The command line: `moediff plugins`, `moediff run`, `moediff count`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from moediff.engine import build_experts
+from moediff.errors import MoediffError, OptionError, WorkdirError
+from moediff.modelfile import load_meta
+from moediff.recipe import load_recipe
+from moediff.registry import HOOKS, installed
+from moediff.task import Task
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a mistake in its input is one line on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except MoediffError as error:
+        print(f"moediff: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moediff", description="Turn a diffusion model into efficient timestep experts."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plugins = commands.add_parser("plugins", help="what is installed, from which distribution")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
+    plugins.set_defaults(command=_plugins)
+
+    run = commands.add_parser("run", help="build a mixture from a recipe file")
+    run.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR")
+    run.add_argument("--resume", action="store_true", help="go on with a run that was killed")
+    run.add_argument("--quiet", action="store_true", help="draw no progress bars")
+    run.set_defaults(command=_run)
+
+    count = commands.add_parser("count", help="params and MACs of a model, on meta")
+    count.add_argument("model", type=Path, metavar="MODEL", help="a folder or a config.json")
+    count.add_argument("--json", action="store_true", help="print JSON")
+    count.set_defaults(command=_count)
+    return parser
+
+
+def _plugins(options: argparse.Namespace) -> None:
+    registry = installed()
+    rows = [
+        {"hook": entry.hook, "name": entry.name, "distribution": entry.distribution}
+        for entries in registry.entries.values()
+        for entry in entries
+    ]
+    rows.sort(key=lambda row: (HOOKS.index(row["hook"]), row["name"]))
+    if options.json:
+        print(json.dumps({"strategies": rows, "left_out": dict(registry.broken)}, indent=2))
+        return
+    for row in rows:
+        print(f"{row['hook']:<12} {row['name']:<22} {row['distribution']}")
+    for distribution, reason in registry.broken.items():
+        print(f"left out     {distribution:<22} {reason}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe)
+    about = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
+    denoiser, scheduler = _model(_table(about, "model", {"path"}))
+    task = _task(_table(about, "task", {"path", "size", "classes", "null_label"}))
+    started = (options.out / "run.json").exists()
+    if started and not options.resume:
+        raise WorkdirError(
+            f"{options.out}: a run was started there. Pass --resume to go on with it, or choose "
+            "another folder."
+        )
+    if options.resume and not started:
+        raise WorkdirError(f"{options.out}: holds no run to resume. Leave --resume out.")
+    build_experts(denoiser, scheduler, task, recipe, options.out, verbose=not options.quiet)
+    print(f"wrote {options.out / 'mixture'}")
+
+
+def _table(about: dict[str, Any], name: str, allowed: set[str]) -> dict[str, Any]:
+    table = about.get(name)
+    if not isinstance(table, dict) or "path" not in table or set(table) - allowed:
+        raise OptionError(
+            f"{name}: got {table!r}; the recipe file needs a table [{name}] with `path`, and of "
+            f"other keys only {', '.join(sorted(allowed - {'path'})) or 'none'}."
+        )
+    return table
+
+
+def _model(table: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a denoiser and its scheduler from a folder that a diffusers pipeline was saved in."""
+    path = Path(table["path"])
+    found = {}
+    for part, fallback in (("unet", "UNet2DModel"), ("scheduler", "DDPMScheduler")):
+        name = "config.json" if part == "unet" else "scheduler_config.json"
+        try:
+            config = json.loads((path / part / name).read_text(encoding="utf-8"))
+            kind = getattr(diffusers, config.get("_class_name", fallback))
+            found[part] = kind.from_pretrained(path / part, local_files_only=True)
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(
+                f"model: cannot load {path / part}: {reason}. Give a folder with unet/ and "
+                "scheduler/, as a diffusers pipeline saves them."
+            ) from error
+    return found["unet"].float().eval(), found["scheduler"]
+
+
+def _task(table: dict[str, Any]) -> Task:
+    task = Task.from_folder(table["path"], table.get("size", 32), table.get("null_label"))
+    return task.subset(table["classes"]) if "classes" in table else task
+
+
+def _count(options: argparse.Namespace) -> None:
+    denoiser = load_meta(options.model)
+    registry = installed()
+    counts = {
+        name: registry.create("counters", name, {}).count(denoiser) for name in ("params", "macs")
+    }
+    macs = counts["macs"]
+    if options.json:
+        result = {
+            "params": int(counts["params"].value),
+            "macs": int(macs.value),
+            "unit": macs.unit,
+            "by_operator": {name: int(value) for name, value in macs.by_operator.items()},
+        }
+        print(json.dumps(result, indent=2))
+        return
+    print(f"params  {counts['params'].value / 1e6:10.2f} M")
+    print(f"MACs    {macs.value / 1e9:10.2f} G  (one forward pass, batch 1)")
+    for name, value in sorted(macs.by_operator.items(), key=lambda item: -item[1]):
+        print(f"  {name:<40} {value / 1e9:10.2f} G")

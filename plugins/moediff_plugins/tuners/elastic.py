@@ -1,0 +1,121 @@
+"""Train experts whose sub-networks all work (DiffPruning Sec. 3.4, Eq. 4-5, and Supp. 2.2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from attrs.validators import ge, gt, in_, le, lt
+
+from moediff.masking import masked
+from moediff.plan import SearchSpace
+from moediff.roles import Rank
+from moediff.subject import Subject
+from moediff.task import Task, denoising_loss
+from moediff.timesteps import Intervals
+from moediff.workdir import Run
+from moediff_plugins.tuners.training import SCHEDULES, share, train, trainable, warn_if_idle
+
+Draw = Callable[[torch.Generator], torch.Tensor]
+"""A random mask (U,) of zeros and ones."""
+
+
+@attrs.frozen
+class Elastic:
+    """Give each interval its own expert: elastic depth, rank the units again, elastic width.
+
+    Depth: per batch, every layer of the search space is passed over with probability `p`,
+    independently (Eq. 4). Width: per batch, every width of W units loses its floor(W r) least
+    important ones, r ~ U[0, 1) drawn anew for each (Supp. 2.2), so one always stays. Both minimise
+    the interval's denoising loss (Eq. 5). The paper trains the two one after the other and does
+    not say whether layers are still passed over while widths change; here they are not.
+    The records `loss-depth-<i>` and `loss-width-<i>` hold one loss per step of expert i.
+
+    Attributes:
+        depth_steps: optimiser steps with elastic depth, summed over the experts.
+        width_steps: optimiser steps with elastic width, summed over the experts.
+        p: probability that a layer is passed over in a batch.
+        batch: B, images per step.
+        learning_rate: see `training.Settings` for this field and those that follow.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"widths"})
+
+    depth_steps: int = attrs.field(default=1000, validator=ge(0))
+    width_steps: int = attrs.field(default=1000, validator=ge(0))
+    p: float = attrs.field(default=0.5, validator=[ge(0), le(1)])
+    batch: int = attrs.field(default=64, validator=ge(1))
+    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
+    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
+    clip: float = attrs.field(default=1.0, validator=gt(0))
+    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
+    save_every: int = attrs.field(default=500, validator=ge(1))
+
+    def prepare(
+        self, experts: Sequence[Subject], rank: Rank, intervals: Intervals, task: Task, run: Run
+    ) -> Sequence[Subject]:
+        count = len(experts)
+        longest = max(self.depth_steps, self.width_steps)  # each phase gives its first expert one
+        warn_if_idle(self, longest, count)
+        copies = [attrs.evolve(e, denoiser=copy.deepcopy(e.denoiser).eval()) for e in experts]
+        if self.depth_steps:
+            space = rank(experts[0])  # which layers there are is the same for all experts
+            for index, expert in enumerate(copies):
+                steps = share(self.depth_steps, count, index)
+                self._tune(f"depth-{index}", expert, _depths(space, self.p), steps, task, run)
+        if self.width_steps:
+            for index, expert in enumerate(copies):
+                steps = share(self.width_steps, count, index)
+                if steps:
+                    self._tune(f"width-{index}", expert, _widths(rank(expert)), steps, task, run)
+        return tuple(copies)
+
+    def _tune(
+        self, name: str, expert: Subject, draw: Draw, steps: int, task: Task, run: Run
+    ) -> None:
+        """Train one expert of our own on its interval, a new sub-network in every step."""
+
+        def descend(step: int, generator: torch.Generator) -> torch.Tensor:
+            batch = task.batch(self.batch, generator, expert.device)
+            timesteps = expert.timesteps(self.batch, generator)  # (B,)
+            with masked(expert.denoiser, expert.anatomy, draw(generator)) as denoiser:
+                loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        parameters = trainable(expert.denoiser)
+        train(self, name, expert.denoiser, parameters, descend, steps, self.batch, run)
+
+
+def _depths(space: SearchSpace, p: float) -> Draw:
+    """s_j ~ Bernoulli(p); layer j is passed over where s_j = 1 (Eq. 4)."""
+    units = space.anatomy.units
+    layers = [unit for chain in space.chains for unit in chain.units if units[unit].width is None]
+
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        mask = torch.ones(len(units))
+        s = torch.rand(len(layers), generator=generator) < p  # (layers,)
+        mask[layers] = (~s).float()
+        return mask
+
+    return draw
+
+
+def _widths(space: SearchSpace) -> Draw:
+    """Of each chain of W units, close the first floor(W r), the least important (Supp. 2.2)."""
+    units = space.anatomy.units
+    chains = [chain.units for chain in space.chains if units[chain.units[0]].width is not None]
+
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        mask = torch.ones(len(units))
+        ratios = torch.rand(len(chains), generator=generator, dtype=torch.float64)  # r in [0, 1)
+        for chain, r in zip(chains, ratios.tolist(), strict=True):
+            mask[list(chain[: int(len(chain) * r)])] = 0
+        return mask
+
+    return draw
