@@ -72,6 +72,8 @@ def build_experts(
     for name in given:
         if name not in STAGES:
             raise UnknownNameError(f"given: unknown stage {name!r}.{did_you_mean(name, STAGES)}")
+    if "mixture" in given:
+        given.setdefault("plan", given["mixture"].plan)
     subject = registry.dissect(denoiser, scheduler)
     task.check(subject.shape, getattr(denoiser, "class_embedding", None) is not None)
     run = _open(subject, task, recipe, workdir, cache, given, verbose, registry)
@@ -81,7 +83,7 @@ def build_experts(
         experts: Sequence[Subject] = subject.split(intervals)
         rank = _rank(task, recipe, run, given)
         experts = _prepare(experts, rank, intervals, task, recipe, run, given)
-        spaces = [rank(expert) for expert in experts]
+        spaces = [rank(expert) for expert in experts if "plan" not in given]
         plan = _allocate(experts, spaces, intervals, task, recipe, run, given)
         mixture = given.get("mixture") or recipe.pruner.prune(experts, plan)
         mixture = _recover(mixture, task, subject, recipe, run, given)
@@ -192,7 +194,7 @@ def _prepare(
 ) -> Sequence[Subject]:
     if "experts" in given:
         return tuple(given["experts"])
-    if recipe.prepare is None:
+    if recipe.prepare is None or "mixture" in given:
         return experts
     tuner = recipe.prepare
 
@@ -247,14 +249,14 @@ def _allocate(
                 f"budget: the gate {type(recipe.gate).__name__} returned a plan at {share:.4f} of "
                 f"the base model; asked was {recipe.budget.value:.4f}. This is the gate's error."
             )
+        kept_whole = all(blueprint == Blueprint() for blueprint in plan.blueprints)
+        if kept_whole and all(plan.copy_numbers(x)[-1] == 0 for x in (REST, *plan.copies)):
+            warnings.warn(
+                "plan: nothing is removed and nothing is copied; the mixture is the base model.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
     plan.check(experts[0].anatomy)
-    kept_whole = all(blueprint == Blueprint() for blueprint in plan.blueprints)
-    if kept_whole and all(plan.copy_numbers(x)[-1] == 0 for x in (REST, *plan.copies)):
-        warnings.warn(
-            "plan: nothing is removed and nothing is copied; the mixture is the base model.",
-            NoEffectWarning,
-            stacklevel=3,
-        )
     return plan
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,6 +148,17 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.tied = False
         return self
 
+    def _sources(self) -> list[int]:
+        """Number the experts so that those with layers tied beyond the plan are equal (N,)."""
+        sources = list(range(len(self.experts)))
+        for layer in self.anatomy.layers:
+            numbers, path = self.plan.copy_numbers(layer.name), layer.modules[0]
+            modules = [expert.get_submodule(path) for expert in self.experts]
+            for i, j in itertools.combinations(range(len(modules)), 2):
+                if modules[i] is modules[j] and numbers[i] != numbers[j]:
+                    sources = [sources[i] if number == sources[j] else number for number in sources]
+        return sources
+
     def pack(self) -> Packed:
         """Tensors, each shared one once, and JSON data; `unpack` is the way back."""
         first: dict[int, str] = {}
@@ -160,6 +173,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "plan": self.plan.to_json(),
             "scheduler": {"class": self.scheduler_class, "config": _plain(self.scheduler_config)},
             "tied": self.tied,
+            "sources": self._sources(),
             "weights": fingerprint(tensors),
         }
         return tensors, {**data, "checksum": _checksum(data)}
@@ -192,10 +206,11 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         kind = getattr(diffusers, data["scheduler"]["class"])
         subject = installed().dissect(base, kind.from_config(data["scheduler"]["config"]))
         plan = Plan.from_json(data["plan"])
-        experts = surgery.assemble([base] * len(plan.intervals), subject.anatomy, plan, tied=True)
-        mixture = cls(experts, plan, subject, tied=True)
-        if not data["tied"]:
-            mixture.untie()
+        tied, sources = bool(data["tied"]), data["sources"]
+        bases = {number: copy.deepcopy(base) for number in set(sources)}
+        denoisers = [bases[number] for number in sources]
+        experts = surgery.assemble(denoisers, subject.anatomy, plan, tied=tied)
+        mixture = cls(experts, plan, subject, tied=tied)
         mixture._fill(dict(tensors))
         mixture.eval()
         return mixture

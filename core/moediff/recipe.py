@@ -63,8 +63,11 @@ class Recipe:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise OptionError(f"budget: got {self.budget!r}; pass a Budget(value, counter).")
-        fields = [(field, getattr(self, field), kind) for field, (_, kind) in COMPONENTS.items()]
-        for field, value, protocol in (*fields, ("counter", self.budget.counter, BudgetCounter)):
+        fields: list[tuple[str, Any, type[Any]]] = [
+            (field, getattr(self, field), protocol) for field, (_, protocol) in COMPONENTS.items()
+        ]
+        fields.append(("counter", self.budget.counter, BudgetCounter))
+        for field, value, protocol in fields:
             optional = field in ("prepare", "recover")
             if isinstance(value, type):
                 raise OptionError(f"{field}: got the class {value.__name__}; pass an instance.")

@@ -32,7 +32,7 @@ FREE = frozenset(
         "new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor zero_ zeros "
         "zeros_like "
         # resampling without weights
-        "_adaptive_avg_pool2d _upsample_nearest_exact2d avg_pool2d max_pool2d_with_indices "
+        "_adaptive_avg_pool2d _unsafe_index _upsample_nearest_exact2d avg_pool2d max_pool2d_with_indices "
         "upsample_nearest2d"
     ).split()
 )
@@ -111,25 +111,23 @@ class _Multiplications(TorchDispatchMode):
 
         return enter, leave
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
         if packet not in flop_registry:
+            if _free(func, str(packet)):
+                return func(*args, **kwargs)
             if hasattr(func, "decompose"):
                 with self:
                     output = func.decompose(*args, **kwargs)
                 if output is not NotImplemented:
                     return output
-            if not _free(func, str(packet)):
-                raise CountError(
-                    f"{packet}: no rule for this operator, used by module "
-                    f"{'.'.join(self.entered[-1:]) or '(the root)'}. Give it one with "
-                    "torch.utils.flop_counter.register_flop_formula (2 flops are 1 MAC; 0 if it "
-                    "is free), or count with another counter."
-                )
-            return func(*args, **kwargs)
+            raise CountError(
+                f"{packet}: no rule for this operator, used by module "
+                f"{'.'.join(self.entered[-1:]) or '(the root)'}. Give it one with "
+                "torch.utils.flop_counter.register_flop_formula (2 flops are 1 MAC; 0 if it "
+                "is free), or count with another counter."
+            )
         output = func(*args, **kwargs)
         flops = flop_registry[packet](*args, **kwargs, out_val=output)
         if flops:

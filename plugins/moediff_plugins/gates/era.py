@@ -1,4 +1,4 @@
-"""The Expert Routing Agent: learn widths and depths of all experts together (DiffPruning 3.5-3.6)."""
+"""The Expert Routing Agent: learn all experts' widths and depths together (DiffPruning 3.5-3.6)."""
 
 from __future__ import annotations
 
@@ -87,11 +87,14 @@ class ERA:
             cost = allowance.cost(rounded.double()) / allowance.limit
             penalty = cost.log().abs()  # log(max(T, T_d) / min(T, T_d))
             log[:, step] = torch.stack([cost * budget.value, penalty]).detach().float()
-            losses = [
-                self._loss(expert, mask, task, generator)
-                for expert, mask in zip(experts, soft, strict=True)
-            ]
-            return torch.stack(losses).mean() + penalty.float()  # Eq. 15
+            # Expert by expert, so that only one expert's activations are held at a time.
+            leaves = [row.detach().requires_grad_() for row in soft]
+            value = torch.zeros(())
+            for expert, leaf in zip(experts, leaves, strict=True):
+                value += self._descend(expert, leaf, len(experts), task, generator)
+            gradients = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+            torch.autograd.backward([soft, penalty], [gradients, torch.ones_like(penalty)])
+            return value + penalty.detach().float()  # Eq. 15
 
         with _frozen(experts):
             settings = _Settings(self.learning_rate, self.weight_decay, self.save_every)
@@ -110,14 +113,21 @@ class ERA:
         blueprints = [Blueprint.from_mask(anatomy, mask) for mask in masks]
         return Plan(intervals, blueprints, {REST: separate})
 
-    def _loss(
-        self, expert: Subject, mask: torch.Tensor, task: Task, generator: torch.Generator
+    def _descend(
+        self,
+        expert: Subject,
+        mask: torch.Tensor,
+        count: int,
+        task: Task,
+        generator: torch.Generator,
     ) -> torch.Tensor:
-        """The interval's denoising loss () of an expert under a soft mask (U,) (Eq. 5)."""
+        """An expert's share () of the loss under a soft mask (U,), which gets its gradient."""
         batch = task.batch(self.batch, generator, expert.device)
         timesteps = expert.timesteps(self.batch, generator)
         with masked(expert.denoiser, expert.anatomy, mask.to(expert.device)) as denoiser:
-            return denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator)
+            loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach().cpu()
 
 
 @attrs.frozen

@@ -53,9 +53,7 @@ class Latency:
         return Measurement("latency", middle, "x base", self.pairs, high - low)
 
 
-def _paired_ratios(
-    ours: Callable[[], float], base: Callable[[], float], pairs: int
-) -> list[float]:
+def _paired_ratios(ours: Callable[[], float], base: Callable[[], float], pairs: int) -> list[float]:
     ours(), base()  # the first calls allocate
     ratios = []
     for pair in range(pairs):

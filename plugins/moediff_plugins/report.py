@@ -1,0 +1,149 @@
+"""One self-contained HTML page: a table, sample grids, the alignment matrix, the experts' shapes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from moediff.anatomy import Anatomy
+from moediff.plan import Plan
+from moediff.workdir import write_atomic
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 72rem; margin: 2rem auto;
+        padding: 0 1rem; }
+ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+ .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+ th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+ thead th { border-bottom: 2px solid #8a97a8; vertical-align: bottom; }
+ img { max-width: 100%; height: auto; } p.note { color: #55606e; max-width: 60rem; }
+</style></head><body>
+<h1>{{ title }}</h1><p class="note">{{ summary }}</p>
+<div class="wide"><table><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+</thead><tbody>{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
+{% for figure in figures %}
+<h2>{{ figure.title }}</h2><p class="note">{{ figure.note }}</p>
+<img alt="{{ figure.title }}" src="data:image/png;base64,{{ figure.png }}">{% endfor %}
+</body></html>
+"""
+
+
+@attrs.frozen
+class Figure:
+    """A picture of the page: title, note and a PNG in base 64."""
+
+    title: str
+    note: str
+    png: str = attrs.field(repr=False)
+
+
+def write_page(
+    path: Path,
+    title: str,
+    summary: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: Sequence[Figure],
+) -> None:
+    """Write the page; it loads nothing from elsewhere."""
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True).from_string(PAGE)
+    html = template.render(
+        title=title, summary=summary, columns=columns, rows=rows, figures=figures
+    )
+    write_atomic(path, lambda target: target.write_text(html, encoding="utf-8"))
+
+
+def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(width, height), layout="constrained")
+    return canvas, canvas.subplots(rows, 1, squeeze=False)[:, 0]
+
+
+def _png(canvas: Any) -> str:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def sample_grid(title: str, note: str, images: Mapping[str, torch.Tensor]) -> Figure:
+    """One row per model of images (n, C, H, W) in [-1, 1]; equal columns share their noise."""
+    count = max(len(batch) for batch in images.values())
+    canvas, axes = _axes(2.6 + 0.42 * count, 0.5 * len(images), len(images))
+    for axis, (name, batch) in zip(axes, images.items(), strict=True):
+        pixels = (batch.permute(0, 2, 3, 1).clamp(-1, 1) + 1) / 2  # (n, H, W, C)
+        padded = torch.nn.functional.pad(pixels, (0, 0, 1, 1), value=1.0)
+        strip = torch.cat(list(padded), dim=1)
+        axis.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    return Figure(title, note, _png(canvas))
+
+
+def alignment_plot(
+    title: str,
+    note: str,
+    similarity: torch.Tensor,
+    timesteps: torch.Tensor,
+    cuts: Sequence[int],
+) -> Figure:
+    """The similarity matrix (G, G) of timesteps (G,) with its cut points (DiffPruning Fig. 3)."""
+    canvas, (axis,) = _axes(6, 5)
+    low, high = float(timesteps[0]), float(timesteps[-1])
+    image = axis.imshow(
+        similarity.numpy(), origin="lower", extent=(low, high, low, high), vmin=-1, vmax=1,
+        cmap="RdBu_r",
+    )  # fmt: skip
+    for cut in cuts[1:-1]:
+        axis.axvline(cut, color="black", linestyle="--", linewidth=1)
+        axis.axhline(cut, color="black", linestyle="--", linewidth=1)
+    axis.set(xlabel="timestep", ylabel="timestep")
+    canvas.colorbar(image, label="cosine similarity of gradients")
+    return Figure(title, note, _png(canvas))
+
+
+def plan_plot(title: str, note: str, anatomy: Anatomy, plan: Plan) -> Figure:
+    """The share of units that each expert keeps of every width; dropped layers are crosses."""
+    canvas, (axis,) = _axes(10, 3.4)
+    names = [width.name for layer in anatomy.layers for width in layer.widths]
+    spans = [anatomy.spans[name] for name in names]
+    owners = [layer.name for layer in anatomy.layers for _ in layer.widths]
+    count = len(plan.blueprints)
+    bar = 0.8 / count
+    pairs = zip(plan.blueprints, plan.intervals, strict=True)
+    for index, (blueprint, (start, stop)) in enumerate(pairs):
+        mask = blueprint.mask(anatomy)
+        dropped = [owner in blueprint.drop for owner in owners]
+        kept = [
+            0.0 if gone else float(mask[s].mean()) for s, gone in zip(spans, dropped, strict=True)
+        ]
+        places = [k + index * bar for k in range(len(names))]
+        bars = axis.bar(places, kept, bar, align="edge", label=f"expert {index}: [{start}, {stop})")
+        crosses = [place + bar / 2 for place, gone in zip(places, dropped, strict=True) if gone]
+        color = bars.patches[0].get_facecolor()
+        axis.scatter(crosses, [0.03] * len(crosses), marker="x", s=22, color=color)
+    axis.set_xticks([k + 0.4 for k in range(len(names))])
+    axis.set_xticklabels([_short(name) for name in names], rotation=90, fontsize=7)
+    axis.set(ylabel="share kept", ylim=(0, 1.05), xlim=(0, len(names)))
+    axis.legend(fontsize=8, loc="upper center", ncols=count, bbox_to_anchor=(0.5, 1.18))
+    return Figure(title, note, _png(canvas))
+
+
+def _short(name: str) -> str:
+    words = {"_blocks": "", "mid_block": "mid", "resnets": "res", "attentions": "attn"}
+    for long, short in words.items():
+        name = name.replace(long, short)
+    return name
