@@ -197,14 +197,12 @@ def page(
     """Write the page with the table, the samples, the alignment and the experts' shapes."""
     subject = moediff.installed().dissect(base, scheduler)
     figures = []
+    note = "Every row starts from the same noise; asked for are 3 (left half) and 8."
     for name, sampling in SAMPLERS.items():
         run = Run(sampling=sampling)
         grid = {
             row.name: generate_images(row.model, subject, reference, run, 16, 16) for row in rows
         }
-        note = (
-            "Every row starts from the same noise; the left half was asked for 3, the right for 8."
-        )
         figures.append(sample_grid(f"Samples, {name}", note, grid))
     pruned = [row for row in rows if row.name.startswith("DiffPruning")]
     records, _ = read_packed(path.parent / "DiffPruning-50" / "records.safetensors")
@@ -214,19 +212,17 @@ def page(
             f"Cosine similarity of the gradients at pairs of timesteps, from {size.aligned} images "
             f"each; the cut points are {pruned[0].plan.intervals.cuts[1:-1]}.",
             records["intervals/similarity"],
-            records["intervals/timesteps"],
             pruned[0].plan.intervals.cuts,
         )
     )
+    note = "Share of groups and heads that each expert keeps; a cross is a dropped layer."
     for row in pruned[1::2]:
-        note = "Share of groups and heads that each expert keeps; a cross is a dropped layer."
-        figures.append(
-            plan_plot(f"{row.name}: what the experts keep", note, subject.anatomy, row.plan)
-        )
+        title = f"{row.name}: what the experts keep"
+        figures.append(plan_plot(title, note, subject.anatomy, row.plan))
     summary = (
-        f"Task: the digits {CLASSES[0]} and {CLASSES[1]}. Trained on the training split; the Frechet "
-        f"distance FD[digits] compares {size.samples} generated images with all {len(reference)} real "
-        "ones of these classes, on the features of a small digits classifier (this is not FID). "
+        f"Task: the digits {CLASSES[0]} and {CLASSES[1]}. Trained on the training split; the "
+        f"Frechet distance FD[digits] compares {size.samples} generated images with all "
+        f"{len(reference)} real ones of these classes, on the features of a small digits classifier (this is not FID). "
         "Optimiser steps are summed over stages and experts, those of the ERA included. Latency: "
         "median ratio of paired samplings at batch 64, with half the interquartile range."
     )

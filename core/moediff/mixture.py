@@ -16,7 +16,7 @@ from torch import nn
 
 from moediff import surgery
 from moediff.errors import ArtefactError, PlanError
-from moediff.plan import Plan
+from moediff.plan import REST, Plan
 from moediff.registry import installed
 from moediff.subject import Subject
 from moediff.timesteps import Intervals
@@ -151,9 +151,9 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _sources(self) -> list[int]:
         """Number the experts so that those with layers tied beyond the plan are equal (N,)."""
         sources = list(range(len(self.experts)))
-        for layer in self.anatomy.layers:
-            numbers, path = self.plan.copy_numbers(layer.name), layer.modules[0]
-            modules = [expert.get_submodule(path) for expert in self.experts]
+        for layer, paths in surgery.parts_of(self.experts[0], self.anatomy):
+            numbers = self.plan.copy_numbers(layer.name if layer else REST)
+            modules = [expert.get_submodule(paths[0]) for expert in self.experts]
             for i, j in itertools.combinations(range(len(modules)), 2):
                 if modules[i] is modules[j] and numbers[i] != numbers[j]:
                     sources = [sources[i] if number == sources[j] else number for number in sources]

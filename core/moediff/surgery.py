@@ -110,7 +110,7 @@ def cut(denoiser: nn.Module, anatomy: Anatomy, blueprint: Blueprint) -> nn.Modul
     return smaller
 
 
-def _parts(denoiser: nn.Module, anatomy: Anatomy) -> list[tuple[Layer | None, tuple[str, ...]]]:
+def parts_of(denoiser: nn.Module, anatomy: Anatomy) -> list[tuple[Layer | None, tuple[str, ...]]]:
     """Everything that holds weights: each layer, then the rest, as module paths."""
     owned = tuple(path for layer in anatomy.layers for path in layer.modules)
     rest = [
@@ -139,7 +139,7 @@ def assemble(
     """
     plan.check(anatomy)
     experts: list[nn.Module] = []
-    parts = _parts(denoisers[0], anatomy)
+    parts = parts_of(denoisers[0], anatomy)
     for index, source in enumerate(denoisers):
         shared: dict[int, nn.Module] = {}
         own: list[Layer] = []
@@ -181,7 +181,7 @@ def _owner(
 
 def untie(experts: Sequence[nn.Module], anatomy: Anatomy, plan: Plan) -> None:
     """Give every copy of the plan weights of its own, in place; shared copies stay shared."""
-    for layer, paths in _parts(experts[0], anatomy):
+    for layer, paths in parts_of(experts[0], anatomy):
         numbers = plan.copy_numbers(layer.name if layer else REST)
         taken = {id(experts[0].get_submodule(path)) for path in paths}
         for path in paths:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: a table, sample grids, the alignment matrix, the experts' shapes."""
+"""One self-contained HTML page: a table, sample grids, alignment, and the experts' shapes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
- body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 72rem; margin: 2rem auto;
+ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 86rem; margin: 2rem auto;
         padding: 0 1rem; }
  h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
- .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
- th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dde3ea; }
- th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+ .wide { overflow-x: auto; }
+ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+ th:first-child, td:first-child { text-align: left; }
+ td { white-space: nowrap; }
  thead th { border-bottom: 2px solid #8a97a8; vertical-align: bottom; }
  img { max-width: 100%; height: auto; } p.note { color: #55606e; max-width: 60rem; }
 </style></head><body>
@@ -97,14 +99,12 @@ def alignment_plot(
     title: str,
     note: str,
     similarity: torch.Tensor,
-    timesteps: torch.Tensor,
     cuts: Sequence[int],
 ) -> Figure:
-    """The similarity matrix (G, G) of timesteps (G,) with its cut points (DiffPruning Fig. 3)."""
+    """The similarity matrix (G, G) of a grid on [0, T) with its cut points (DiffPruning Fig. 3)."""
     canvas, (axis,) = _axes(6, 5)
-    low, high = float(timesteps[0]), float(timesteps[-1])
     image = axis.imshow(
-        similarity.numpy(), origin="lower", extent=(low, high, low, high), vmin=-1, vmax=1,
+        similarity.numpy(), origin="lower", extent=(0, cuts[-1], 0, cuts[-1]), vmin=-1, vmax=1,
         cmap="RdBu_r",
     )  # fmt: skip
     for cut in cuts[1:-1]:

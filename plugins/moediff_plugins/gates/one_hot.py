@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -117,4 +118,4 @@ def _steps(spaces: Sequence[SearchSpace], chain: int) -> list[Step]:
     """One chain's removals, first to last, each of them in every expert at once."""
     units = [space.chains[chain].units for space in spaces]
     columns = [tuple(enumerate(column)) for column in zip(*units, strict=True)]
-    return [Step(now, behind) for now, behind in zip(columns, columns[1:], strict=False)]
+    return [Step(now, behind) for now, behind in itertools.pairwise(columns)]
