@@ -224,10 +224,12 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if expected != set(tensors):
             missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
             raise ArtefactError(f"mixture: tensors missing: {missing}; not expected: {extra}.")
+        # A tensor that lies in a file at an odd address takes other kernels, with other rounding.
+        aligned = {name: tensor.clone() for name, tensor in tensors.items()}
+        # Experts share modules, not parameters: a shared module is filled once per name, alike.
         self.load_state_dict(
-            {name: tensors[names[0]] for names in groups.values() for name in names}, assign=True
+            {name: aligned[names[0]] for names in groups.values() for name in names}, assign=True
         )
-        # `assign` makes one parameter per name; experts share modules, so the last one counts.
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `config.json`, `mixture.json` and `mixture.safetensors` into a folder.

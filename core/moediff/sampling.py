@@ -60,7 +60,12 @@ class Sampling:
                 f"steps: got {self.steps}; allowed is 1 to {total}, the timesteps that the base "
                 "model was trained with."
             )
-        scheduler.set_timesteps(self.steps, device=device)
+        try:
+            scheduler.set_timesteps(self.steps, device=device)
+        except ValueError as error:  # such as PNDM's, which needs four steps to start
+            raise OptionError(
+                f"steps: {cls.__name__} cannot make {self.steps} of them ({error}). Ask for more."
+            ) from error
         return scheduler
 
     def seeds(self, count: int) -> tuple[int, ...]:

@@ -548,7 +548,17 @@ def test_models_come_back_in_eval_mode_without_gradients(
     dropout.denoiser.conv_in.requires_grad_(False)
     dropout.denoiser.train()
     before = weights(dropout.denoiser)
-    for module in JOBS[name](dropout, task, Run(sampling=moediff.Sampling(steps=2))):
+    modes: list[bool] = []
+
+    def spy(module: nn.Module, *_: Any) -> None:
+        teaches = module is dropout.denoiser.conv_in
+        modes.append(module.training != teaches)  # dropout is for those that learn
+
+    dropout.denoiser.conv_in.register_forward_hook(spy)  # copies carry it along
+    trained = JOBS[name](dropout, task, Run(sampling=moediff.Sampling(steps=2)))
+    assert len(modes) >= 10
+    assert all(modes)
+    for module in trained:
         assert not any(m.training for m in module.modules())
         assert all(p.grad is None for p in module.parameters())
         for parameter, value in module.named_parameters():

@@ -39,19 +39,18 @@ def check_pruner(strategy: Any) -> None:
     for kind in tiny.KINDS:
         with settled():
             subject = tiny.tiny_subject(kind)
-            with untouched(strategy, subject):
-                spaces = [
-                    repeated(
-                        strategy,
-                        lambda s=subject, flip=flip: strategy.space(s, tiny.tiny_scores(s, flip)),  # type: ignore[misc]
-                        lambda space: space.chains,
-                    )
-                    for flip in (False, True)
-                ]
-                _check_spaces(strategy, spaces, subject)
+
+            def spaces_of(subject: Subject = subject) -> list[Any]:
+                with untouched(strategy, subject):
+                    scores = [tiny.tiny_scores(subject, flip) for flip in (False, True)]
+                    found = [strategy.space(subject, given) for given in scores]
+                _check_spaces(strategy, found, subject)
+                return found
+
+            spaces = repeated(strategy, spaces_of, lambda found: [space.chains for space in found])
             smallest = spaces[0].smallest()
             same = Plan(
-                Intervals((0, 8, tiny.TIMESTEPS)),
+                Intervals(tiny.CUTS),
                 [Blueprint.from_mask(subject.anatomy, smallest)] * 2,
             )
             for plan in (same, tiny.tiny_plan(subject)):
@@ -129,7 +128,7 @@ def check_counter(strategy: Any, tolerance: float = 1e-6) -> None:
             right = isinstance(prices, CostModel) and prices.unit == cost.unit
             promise(right, strategy, f"price returns a CostModel in {cost.unit}", repr(prices)[:60])
             _agree(strategy, "the prices add up to the count", cost, prices.full, tolerance)
-            for blueprint in tiny.tiny_blueprints(subject):
+            for blueprint in tiny.tiny_blueprints(subject, single=kind == "plain"):
                 smaller = surgery.cut(subject.denoiser, subject.anatomy, blueprint)
                 counted = strategy.count(smaller)
                 priced = float(prices.experts(blueprint.mask(subject.anatomy)))

@@ -45,7 +45,7 @@ def check_scorer(strategy: Any) -> None:
             return scores
 
         def compute(kind: str = kind, score: Callable[[Subject], Scores] = score) -> Scores:
-            return score(attrs.evolve(tiny.tiny_subject(kind), interval=(0, 10)))
+            return score(attrs.evolve(tiny.tiny_subject(kind), interval=tiny.CUTS[:2]))
 
         with settled():
             scores = repeated(strategy, compute, _values)
@@ -109,7 +109,7 @@ def check_gate(strategy: Any) -> None:
         budget = Budget(value, tiny.Elements(), of)  # type: ignore[arg-type]
 
         def allocate(subject: Subject, budget: Budget = budget) -> Plan | None:
-            task, intervals = tiny.tiny_task(), Intervals((0, 8, tiny.TIMESTEPS))
+            task, intervals = tiny.tiny_task(), Intervals(tiny.CUTS)
             experts = subject.split(intervals)
             spaces = [tiny.tiny_space(subject), tiny.tiny_space(subject, flip=True)]
             run = tiny.tiny_run()

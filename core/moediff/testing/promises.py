@@ -142,8 +142,8 @@ def untouched(strategy: Any, *subjects: Subject, data: Sequence[Any] = ()) -> It
     failed = ""
     try:
         yield
-    except Exception:
-        failed = " after a failing run"
+    except Exception as error:
+        failed = f" after a failing run ({type(error).__name__}: {error})"
         raise
     finally:
         after = [*(_state(subject.denoiser) for subject in subjects), _surroundings()]

@@ -19,12 +19,15 @@ from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 
-TIMESTEPS = 20
+TIMESTEPS = 100
+CUTS = (0, 40, TIMESTEPS)
 CLASSES = 3
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "conditional": {
+        "in_channels": 1,
+        "out_channels": 1,
         "num_class_embeds": CLASSES + 1,
         "resnet_time_scale_shift": "scale_shift",
         "downsample_type": "resnet",
@@ -35,7 +38,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def tiny_unet(kind: str = "plain") -> UNet2DModel:
-    """A `UNet2DModel` on 8x8 images with 3 channels, in eval mode; `kind` is one of `KINDS`."""
+    """A `UNet2DModel` on 8x8 images, in eval mode; `kind` is one of `KINDS`."""
     config = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
@@ -51,7 +54,7 @@ def tiny_unet(kind: str = "plain") -> UNet2DModel:
 
 
 def tiny_subject(kind: str = "plain") -> Subject:
-    """A tiny denoiser with its anatomy and a schedule of 20 timesteps."""
+    """A tiny denoiser with its anatomy and a schedule of 100 timesteps."""
     scheduler = DDPMScheduler(num_train_timesteps=TIMESTEPS)
     return installed().dissect(tiny_unet(kind), scheduler)
 
@@ -59,9 +62,9 @@ def tiny_subject(kind: str = "plain") -> Subject:
 def tiny_task(kind: str = "plain") -> Task:
     """Twelve random images, labelled for the class-conditional denoiser."""
     rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (12, 8, 8, 3)).astype(np.float32)
     if kind == "plain":
-        return Task.from_arrays(images)
+        return Task.from_arrays(rng.uniform(-1, 1, (12, 8, 8, 3)).astype(np.float32))
+    images = rng.uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
     return Task.from_arrays(images, rng.integers(0, CLASSES, 12), null_label=CLASSES)
 
 
@@ -102,11 +105,13 @@ def tiny_plan(subject: Subject) -> Plan:
     return Plan(Intervals.uniform(subject.total, 2), blueprints, numbers)
 
 
-def tiny_blueprints(subject: Subject) -> list[Blueprint]:
-    """One sub-network per layer and width, the smallest one, and three at random."""
+def tiny_blueprints(subject: Subject, single: bool) -> list[Blueprint]:
+    """The smallest sub-network, three at random, and `single` changes: each layer, each width."""
     anatomy = subject.anatomy
-    found = [Blueprint((name,)) for name in anatomy.layer_units]
-    found += [Blueprint((), {n: (w.count - 1,)}) for n, w in anatomy.widths.items()]
+    found: list[Blueprint] = []
+    if single:
+        found += [Blueprint((name,)) for name in anatomy.layer_units]
+        found += [Blueprint((), {n: (w.count - 1,)}) for n, w in anatomy.widths.items()]
     found.append(Blueprint((), dict.fromkeys(anatomy.widths, (0,))))
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

@@ -42,7 +42,7 @@ def check_expert_tuner(strategy: Any) -> None:
     kind = "conditional"
 
     def prepare(base: Subject) -> Sequence[Subject]:
-        task, intervals = tiny.tiny_task(kind), Intervals((0, 8, tiny.TIMESTEPS))
+        task, intervals = tiny.tiny_task(kind), Intervals(tiny.CUTS)
         with untouched(strategy, base, data=[task]):
             found: Sequence[Subject] = _effective(
                 strategy,
@@ -61,7 +61,7 @@ def check_expert_tuner(strategy: Any) -> None:
         )
         promise(len(experts) == 2, strategy, "one expert per interval", str(len(experts)))
         spans = [expert.interval for expert in experts]
-        promise(spans == [(0, 8), (8, 20)], strategy, "keeps the intervals", str(spans))
+        promise(spans == list(Intervals(tiny.CUTS)), strategy, "keeps the intervals", str(spans))
         for expert in experts:
             own = expert.denoiser is not base.denoiser
             promise(own, strategy, "experts have denoisers of their own", "the given one")

@@ -1,0 +1,44 @@
+"""Read a denoiser's shapes from a diffusers folder or config file, without its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import nn
+
+from moediff.errors import OptionError
+
+
+def load_meta(path: str | Path) -> nn.Module:
+    """Build a denoiser on `meta` from a model folder, a pipeline folder or a config.json.
+
+    Raises:
+        OptionError: there is no such file, it is not JSON, or it names no diffusers model.
+    """
+    path = Path(path)
+    folders = (path, path / "unet", path / "transformer")
+    found = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    file = found[0] if path.is_dir() and found else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(
+            f"model: cannot read {file}: {reason}. Give a diffusers model folder or its config.json."
+        ) from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise OptionError(
+            f"model: {file} has the _class_name {name!r}; allowed is the name of a diffusers model, "
+            "for example 'UNet2DModel'. Add it to the config."
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(config).eval()  # type: ignore[attr-defined]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise OptionError(f"model: {file} does not describe a {name}: {error}.") from error
+    return model

@@ -1,0 +1,154 @@
+"""Prices that add up, in masks soft and hard, and budgets over them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moediff
+from moediff import Allowance, Blueprint, Budget, CostModel, Intervals, Step, Subject, cut
+from moediff.errors import BudgetError
+from moediff.plan import REST
+from moediff.testing.tiny import Elements, tiny_space, tiny_subject
+
+SUBJECT = tiny_subject("conditional")
+PRICES = Elements().price(SUBJECT)
+UNITS = len(SUBJECT.anatomy.units)
+MASKS = st.lists(st.floats(0, 1), min_size=UNITS, max_size=UNITS).map(
+    lambda row: torch.tensor(row, dtype=torch.float64)
+)
+
+
+def once(part: str) -> tuple[int, ...]:
+    return (0, 0)
+
+
+def apart(part: str) -> tuple[int, ...]:
+    return (0, 1)
+
+
+def allowance(value: float, of: str = "live", copies=once) -> Allowance:  # type: ignore[no-untyped-def]
+    return Allowance(Budget(value, Elements(), of), PRICES, (3, 1), copies)  # type: ignore[arg-type]
+
+
+def test_full_price_is_the_count() -> None:
+    assert PRICES.full == Elements().count(SUBJECT.denoiser).value
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.booleans(), min_size=UNITS, max_size=UNITS))
+def test_hard_masks_cost_what_the_cut_model_counts(bits: list[bool]) -> None:
+    mask = torch.tensor(bits, dtype=torch.float64)
+    for span in SUBJECT.anatomy.spans.values():
+        mask[span.start] = 1
+    smaller = cut(SUBJECT.denoiser, SUBJECT.anatomy, Blueprint.from_mask(SUBJECT.anatomy, mask))
+    assert float(PRICES.experts(mask)) == pytest.approx(Elements().count(smaller).value, rel=1e-9)
+
+
+@given(MASKS, MASKS, st.tuples(st.integers(1, 9), st.integers(0, 9)))
+def test_live_cost_is_the_mean_over_calls(
+    first: torch.Tensor, second: torch.Tensor, calls: tuple[int, int]
+) -> None:
+    masks = torch.stack([first, second])
+    each = PRICES.experts(masks)
+    wanted = (each[0] * calls[0] + each[1] * calls[1]) / sum(calls)
+    assert float(PRICES.total(masks, calls)) == pytest.approx(float(wanted))
+
+
+@given(MASKS)
+def test_shared_experts_are_stored_once_and_separate_ones_twice(mask: torch.Tensor) -> None:
+    masks = torch.stack([mask, mask])
+    one = float(PRICES.experts(mask))
+    assert float(PRICES.stored(masks, once)) == pytest.approx(one)
+    assert float(PRICES.stored(masks, apart)) == pytest.approx(2 * one)
+
+
+def test_only_the_layers_that_differ_are_stored_twice() -> None:
+    name = SUBJECT.anatomy.layers[0].name
+    masks = torch.ones(2, UNITS, dtype=torch.float64)
+    stored = PRICES.stored(masks, lambda part: (0, 1) if part == name else (0, 0))
+    assert float(stored) == pytest.approx(PRICES.full + float(PRICES.layers(masks)[0, 0]))
+    rest = PRICES.stored(masks, lambda part: (0, 1) if part == REST else (0, 0))
+    assert float(rest) == pytest.approx(PRICES.full + PRICES.outside)
+
+
+def test_price_gradients_are_finite_and_reach_every_mask() -> None:
+    masks = torch.full((2, UNITS), 0.7, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(PRICES.total(masks, (1, 1)), masks)
+    assert torch.isfinite(gradient).all()
+    assert bool((gradient != 0).all())
+
+
+def test_a_layers_gradient_is_what_dropping_it_saves() -> None:
+    """Eq. 12 is linear in a layer's own mask."""
+    index = next(iter(SUBJECT.anatomy.layer_units.values()))
+    masks = torch.ones(1, UNITS, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(PRICES.total(masks, (1,)), masks)
+    dropped = masks.detach().clone()
+    dropped[0, index] = 0
+    saved = PRICES.full - float(PRICES.total(dropped, (1,)))
+    assert float(gradient[0, index]) == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_budgets_outside_are_refused(value: float) -> None:
+    with pytest.raises(BudgetError, match=f"budget: got {float(value)}; allowed is a share"):
+        Budget(value, Elements())
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.001])
+def test_budgets_inside_are_taken(value: float) -> None:
+    assert Budget(value, Elements()).value == float(value)
+
+
+def test_budgets_are_live_or_stored() -> None:
+    with pytest.raises(ValueError, match="live"):
+        Budget(0.5, Elements(), "dead")  # type: ignore[arg-type]
+
+
+def test_a_budget_under_the_floor_is_refused_with_the_floor() -> None:
+    spaces = [tiny_space(SUBJECT), tiny_space(SUBJECT, flip=True)]
+    smallest = torch.stack([space.smallest() for space in spaces])
+    floor = float(PRICES.total(smallest, (3, 1))) / PRICES.full
+    allowance(floor * 1.001).check_floor(spaces)
+    with pytest.raises(BudgetError, match=rf"the floor that this pruner can reach is {floor:.4f}"):
+        allowance(floor * 0.999).check_floor(spaces)
+    stored = float(PRICES.stored(smallest, apart)) / PRICES.full
+    with pytest.raises(BudgetError, match=rf"\(stored\).* is {stored:.4f}"):
+        allowance(stored * 0.999, "stored", apart).check_floor(spaces)
+
+
+def test_fill_opens_the_best_that_fit_and_never_more() -> None:
+    name, span = next(iter(SUBJECT.anatomy.spans.items()))
+    masks = torch.ones(2, UNITS, dtype=torch.float64)
+    masks[:, span] = 0
+    masks[:, span.stop - 1] = 1
+    units = range(span.start, span.stop - 1)
+    steps = [
+        Step(((0, unit), (1, unit)), ((0, unit + 1), (1, unit + 1))) for unit in reversed(units)
+    ]
+    room = float(PRICES.units[span.start]) * 1.5  # one more unit, in both experts
+    share = (float(PRICES.total(masks, (3, 1))) + room) / PRICES.full
+    filled = allowance(share).fill(masks, steps)
+    opened = (filled - masks).nonzero().tolist()
+    assert opened == [[0, span.stop - 2], [1, span.stop - 2]], name
+    assert allowance(share).fits(filled)
+    # behind a closed unit nothing opens, so that chains stay nested
+    assert torch.equal(allowance(share).fill(masks, steps[1:]), masks)
+    assert torch.equal(allowance(1.0).fill(masks, steps), torch.ones_like(masks))
+
+
+def test_calls_come_from_the_sampling() -> None:
+    intervals = Intervals((0, 50, 100))
+    calls = moediff.Sampling("ddim", steps=4).calls(SUBJECT.scheduler, intervals)
+    masks = torch.ones(2, UNITS, dtype=torch.float64)
+    assert float(PRICES.total(masks, calls)) == pytest.approx(PRICES.full)
+
+
+def test_prices_are_for_the_whole_model(subject: Subject) -> None:
+    prices: CostModel = Elements().price(subject)
+    layers = prices.layers(torch.ones(len(subject.anatomy.units), dtype=torch.float64))
+    assert float(layers.sum()) + prices.outside == pytest.approx(prices.full)
+    assert prices.unit == "elements"

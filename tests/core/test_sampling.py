@@ -1,0 +1,160 @@
+"""Sampling: calls from the real timesteps, images that do not depend on their batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from tests.conftest import conditioning, tiny_unet
+from torch import nn
+
+from moediff import Intervals, Sampling, generate
+from moediff.errors import OptionError, UnknownNameError
+from moediff.sampling import SCHEDULERS, initial_noise, predict
+
+BASE = DDPMScheduler(num_train_timesteps=1000)
+HALVES = Intervals((0, 500, 1000))
+
+
+class Watched(nn.Module):
+    """Notes the timesteps that a real denoiser is called with."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen: list[float] = []
+
+    def forward(self, sample: torch.Tensor, timestep: Any, **kwargs: Any) -> Any:
+        self.seen.append(float(timestep))
+        return self.inner(sample, timestep, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("ddim", 10), ("ddpm", 10), ("dpmsolver++", 10), ("euler", 10), ("flow-match", 10)]
+    + [("heun", 19), ("pndm", 19)],
+)
+def test_calls_count_every_denoiser_call(name: str, total: int) -> None:
+    calls = Sampling(name, steps=10).calls(BASE, HALVES)
+    assert sum(calls) == total
+    assert Sampling(name, steps=10, guidance=3).calls(BASE, HALVES) == tuple(2 * c for c in calls)
+
+
+@pytest.mark.parametrize(("name", "late"), [("ddim", 5), ("pndm", 14), ("heun", 9)])
+def test_share_of_late_calls_is_not_the_interval_length(name: str, late: int) -> None:
+    assert Sampling(name, steps=10).calls(BASE, HALVES)[1] == late
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_calls_are_what_generate_really_makes(name: str, guidance: float) -> None:
+    net = Watched(tiny_unet("class-conditional"))
+    sampling = Sampling(name, steps=4, guidance=guidance)
+    labels, null = conditioning(net.inner, 2), {"class_labels": torch.tensor([3, 3])}
+    with torch.no_grad():
+        generate(net, BASE, sampling, initial_noise((0, 1), (3, 8, 8)), labels, null, (0, 1))
+    made = Counter(int(HALVES.route(t)) for t in net.seen)
+    assert (made[0], made[1]) == sampling.calls(BASE, HALVES)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
+    net, sampling = tiny_unet().double(), Sampling(name, steps=4, seed=5)
+    seeds = sampling.seeds(3)
+    noise = initial_noise(seeds, (3, 8, 8)).double()
+    with torch.no_grad():
+        together = generate(net, BASE, sampling, noise, {}, {}, seeds)
+        for i in range(3):
+            alone = generate(net, BASE, sampling, noise[i : i + 1], {}, {}, seeds[i : i + 1])
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-9, atol=1e-9)
+
+
+def test_a_stochastic_scheduler_draws_from_the_seeds_only() -> None:
+    net, sampling = tiny_unet(), Sampling("ddpm", steps=4)
+    noise = initial_noise((0,), (3, 8, 8))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, second, other = (
+            generate(net, BASE, sampling, noise, {}, {}, seeds) for seeds in ((7,), (7,), (8,))
+        )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_guidance_follows_its_formula() -> None:
+    """One DDIM step: eps = null + g (cond - null) (Ho and Salimans, 2022)."""
+    net, sampling = tiny_unet("class-conditional"), Sampling("ddim", steps=1, guidance=3)
+    noise = initial_noise((0, 1), (3, 8, 8))
+    labels, null = torch.tensor([0, 1]), torch.tensor([3, 3])
+    scheduler = sampling.prepare(BASE)
+    timestep = scheduler.timesteps[0]
+    with torch.no_grad():
+        made = generate(
+            net, BASE, sampling, noise, {"class_labels": labels}, {"class_labels": null}, (0, 1)
+        )
+        with_class = net(noise, timestep, class_labels=labels).sample
+        without = net(noise, timestep, class_labels=null).sample
+    wanted = scheduler.step(without + 3 * (with_class - without), timestep, noise).prev_sample
+    torch.testing.assert_close(made, wanted)
+
+
+def test_guidance_without_a_null_is_refused() -> None:
+    noise = initial_noise((0,), (3, 8, 8))
+    with pytest.raises(OptionError, match="guidance: got 2.0, but the task has no null"):
+        generate(tiny_unet(), BASE, Sampling(steps=2, guidance=2), noise, {}, {}, (0,))
+
+
+def test_gradients_flow_through_generation() -> None:
+    noise = initial_noise((0,), (3, 8, 8)).requires_grad_(True)
+    image = generate(tiny_unet(), BASE, Sampling(steps=2), noise, {}, {}, (0,))
+    (gradient,) = torch.autograd.grad(image.square().sum(), noise)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
+
+
+def test_predict_leaves_a_learned_variance_out() -> None:
+    net, sample = tiny_unet(out_channels=6), torch.zeros(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(predict(net, sample, 3, {}), net(sample, 3).sample[:, :3])
+
+
+def test_seeds_and_noise_are_per_image() -> None:
+    sampling = Sampling(seed=2)
+    assert sampling.seeds(4)[:2] == sampling.seeds(2)
+    assert not set(sampling.seeds(1000)) & set(Sampling(seed=3).seeds(1000))
+    noise = initial_noise(sampling.seeds(4), (3, 8, 8))
+    assert torch.equal(noise[:2], initial_noise(sampling.seeds(2), (3, 8, 8)))
+
+
+def test_a_diffusers_class_name_is_a_scheduler_too() -> None:
+    scheduler = Sampling("UniPCMultistepScheduler", steps=5).prepare(BASE)
+    assert type(scheduler).__name__ == "UniPCMultistepScheduler"
+    assert len(scheduler.timesteps) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("dimm", "Did you mean 'ddim'"), ("UNet2DModel", "neither a short name")]
+)
+def test_an_unknown_scheduler_is_refused(name: str, hint: str) -> None:
+    with pytest.raises(UnknownNameError, match=hint):
+        Sampling(name)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"guidance": -1}, {"seed": -1}])
+def test_values_outside_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_steps_that_a_scheduler_cannot_make_are_refused() -> None:
+    with pytest.raises(OptionError, match="steps: PNDMScheduler cannot make 2 of them"):
+        Sampling("pndm", steps=2).prepare(BASE)
+
+
+def test_more_steps_than_timesteps_is_refused() -> None:
+    with pytest.raises(OptionError, match="steps: got 1001; allowed is 1 to 1000"):
+        Sampling(steps=1001).prepare(BASE)
