@@ -299,7 +299,9 @@ class Plan:
             content: Mapping[str, Any] = json.loads(data) if isinstance(data, str) else data
         except ValueError as error:
             raise PlanError(f"plan: is not valid JSON ({error}).") from error
-        if not isinstance(content, Mapping) or set(content) != {"cuts", "blueprints", "copies"}:
+        if not isinstance(content, Mapping):
+            raise PlanError(f"plan: got a {type(content).__name__}; allowed is a JSON object.")
+        if set(content) != {"cuts", "blueprints", "copies"}:
             raise PlanError(
                 f"plan: got the keys {sorted(content)}; allowed are exactly blueprints, copies "
                 "and cuts."

@@ -115,7 +115,8 @@ class Task:
         path = Path(path)
         if path.suffix == ".npz":
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                # np.load leaves a path open if the file turns out to be broken.
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     images = arrays["images"]
                     labels = arrays.get("labels", None)
             except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:

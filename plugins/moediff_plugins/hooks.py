@@ -9,6 +9,7 @@ from moediff.hookspecs import hookimpl
 from moediff_plugins.anatomies.unet2d import UNet2D
 from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.clusterers.uniform import Uniform
+from moediff_plugins.counters.fvcore import FVCore
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.era import ERA
@@ -53,7 +54,7 @@ def pruners() -> Mapping[str, type]:
 @hookimpl
 def counters() -> Mapping[str, type]:
     """What a denoiser costs."""
-    return {"macs": MACs, "params": Params}
+    return {"fvcore": FVCore, "macs": MACs, "params": Params}
 
 
 @hookimpl

@@ -170,8 +170,9 @@ def test_conditioning_is_dropped_at_its_rate() -> None:
 
 def test_dropping_works_for_sequences_too() -> None:
     tokens, null = torch.ones(6, 4, 5), torch.zeros(1, 4, 5)
-    task = Task(torch.zeros(6, 3, 8, 8), {"encoder_hidden_states": tokens}, {"encoder_hidden_states": null}, 0.5)  # fmt: skip
-    rows = task.batch(400, torch.Generator().manual_seed(0)).conditioning["encoder_hidden_states"]
+    name = "encoder_hidden_states"
+    task = Task(torch.zeros(6, 3, 8, 8), {name: tokens}, {name: null}, drop_conditioning=0.5)
+    rows = task.batch(400, torch.Generator().manual_seed(0)).conditioning[name]
     means = rows.flatten(1).mean(1)
     assert set(means.tolist()) == {0.0, 1.0}
     assert means.mean().item() == pytest.approx(0.5, abs=0.1)
@@ -229,7 +230,8 @@ def test_flow_matching_interpolates_and_predicts_the_velocity() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     noisy, target = corrupt(scheduler, CLEAN, NOISE, TIMES)
     for row, sigma in enumerate((1 / 1000, 701 / 1000)):
-        torch.testing.assert_close(noisy[row], (1 - sigma) * CLEAN[row] + sigma * NOISE[row], rtol=1e-6, atol=1e-6)  # fmt: skip
+        wanted = (1 - sigma) * CLEAN[row] + sigma * NOISE[row]
+        torch.testing.assert_close(noisy[row], wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(target, NOISE - CLEAN)
 
 
