@@ -7,9 +7,9 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from benchmarks.pairs import paired_ratio
 
 import moediff
+from benchmarks.pairs import paired_ratio
 from moediff import Anatomy, Run, Sampling, Subject
 from moediff.masking import masked_channels
 from moediff.sampling import generate, initial_noise

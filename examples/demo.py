@@ -222,7 +222,8 @@ def page(
     summary = (
         f"Task: the digits {CLASSES[0]} and {CLASSES[1]}. Trained on the training split; the "
         f"Frechet distance FD[digits] compares {size.samples} generated images with all "
-        f"{len(reference)} real ones of these classes, on the features of a small digits classifier (this is not FID). "
+        f"{len(reference)} real ones of these classes, on the features of a small digits "
+        "classifier (this is not FID). "
         "Optimiser steps are summed over stages and experts, those of the ERA included. Latency: "
         "median ratio of paired samplings at batch 64, with half the interquartile range."
     )

@@ -50,7 +50,8 @@ def _gate_layer(denoiser: nn.Module, layer: Layer, mask: torch.Tensor, stack: Ex
 
     def leave(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         gate = _spread(mask.unsqueeze(-1), output, axis=1)
-        return gate * output + (1 - gate) * bypass(entered.pop())
+        blended: torch.Tensor = gate * output + (1 - gate) * bypass(entered.pop())
+        return blended
 
     first, last = layer.modules[0], layer.modules[-1]
     stack.callback(denoiser.get_submodule(first).register_forward_pre_hook(enter).remove)

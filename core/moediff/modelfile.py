@@ -27,14 +27,15 @@ def load_meta(path: str | Path) -> nn.Module:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(
-            f"model: cannot read {file}: {reason}. Give a diffusers model folder or its config.json."
+            f"model: cannot read {file}: {reason}. Give a diffusers model folder or its "
+            "config.json."
         ) from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise OptionError(
-            f"model: {file} has the _class_name {name!r}; allowed is the name of a diffusers model, "
-            "for example 'UNet2DModel'. Add it to the config."
+            f"model: {file} has the _class_name {name!r}; allowed is the name of a diffusers "
+            "model, for example 'UNet2DModel'. Add it to the config."
         )
     try:
         with torch.device("meta"):

@@ -116,7 +116,7 @@ class Task:
         if path.suffix == ".npz":
             try:
                 # np.load leaves a path open if the file turns out to be broken.
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                     images = arrays["images"]
                     labels = arrays.get("labels", None)
             except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:

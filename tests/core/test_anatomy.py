@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DModel
-from tests.conftest import UNETS, tiny_unet
 from torch import nn
 
 import moediff
 from moediff import Anatomy, Layer, Unit, Width
 from moediff.errors import AnatomyError, UnknownNameError
 from moediff.testing import check_anatomy
+from tests.conftest import UNETS, tiny_unet
 
 PLAIN = Width("a.groups", "groups", 2, 4, "a.conv2", 1, ())
 HEADS = Width("a.heads", "heads", 3, 4, "a.out", -1, ())

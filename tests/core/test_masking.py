@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import UNETS, conditioning, tiny_unet
 from torch import nn
 
 import moediff
@@ -14,6 +13,7 @@ from moediff import Anatomy, Blueprint, Subject, cut, masked
 from moediff.errors import PlanError
 from moediff.masking import masked_channels
 from moediff.surgery import Bypass
+from tests.conftest import UNETS, conditioning, tiny_unet
 
 TOLERANCE = 1e-5  # of the output's scale, float32
 

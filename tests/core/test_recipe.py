@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 
 import attrs
 import pytest
+
+from moediff import Budget, Recipe, Registry, Sampling, load_recipe
+from moediff.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
+from moediff.recipe import merge, recipe_from_tables
 from tests.core.toys import (
     Count,
     Draw,
@@ -19,10 +23,6 @@ from tests.core.toys import (
     ToyPlugin,
     recipe,
 )  # fmt: skip
-
-from moediff import Budget, Recipe, Registry, Sampling, load_recipe
-from moediff.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
-from moediff.recipe import merge, recipe_from_tables
 
 TOYS = Registry.of([("toys", ToyPlugin)], {})
 

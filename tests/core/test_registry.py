@@ -12,8 +12,6 @@ from typing import Any
 import attrs
 import pytest
 from diffusers import DDPMScheduler
-from tests.conftest import tiny_unet
-from tests.core.toys import Draw, ToyPlugin
 from torch import nn
 
 import moediff
@@ -25,6 +23,8 @@ from moediff.errors import (
     PluginWarning,
     UnknownNameError,
 )
+from tests.conftest import tiny_unet
+from tests.core.toys import Draw, ToyPlugin
 
 
 def module(**functions: Any) -> ModuleType:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tests.conftest import conditioning, tiny_unet
 from torch import nn
 
 from moediff import Intervals, Sampling, generate
 from moediff.errors import OptionError, UnknownNameError
 from moediff.sampling import SCHEDULERS, initial_noise, predict
+from tests.conftest import conditioning, tiny_unet
 
 BASE = DDPMScheduler(num_train_timesteps=1000)
 HALVES = Intervals((0, 500, 1000))

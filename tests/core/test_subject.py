@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_unet
 from torch import nn
 
 from moediff import Intervals, Subject
 from moediff.subject import preserved
+from tests.conftest import tiny_unet
 
 
 def state(net: nn.Module) -> dict[str, Any]:

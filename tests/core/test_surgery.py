@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import conditioning, tiny_unet
 from torch import nn
 
 from moediff import Anatomy, Blueprint, Intervals, Plan, Slice, Subject, Width, cut
@@ -14,6 +13,7 @@ from moediff.errors import AnatomyError, PlanError
 from moediff.plan import REST
 from moediff.surgery import Bypass, _cut_width, assemble, parts_of, untie
 from moediff.workdir import fingerprint
+from tests.conftest import conditioning, tiny_unet
 
 KINDS = [(0, 0, 0), (0, 1, 2), (0, 0, 1), (0, 1, 1)]
 THIRDS = Intervals((0, 300, 600, 1000))

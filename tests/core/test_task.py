@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from tests.conftest import conditioning, tiny_task, tiny_unet
 
 from moediff import Task, denoising_loss
 from moediff.errors import DataError, OptionError
 from moediff.task import corrupt
+from tests.conftest import conditioning, tiny_task, tiny_unet
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

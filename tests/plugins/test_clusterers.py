@@ -14,7 +14,6 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tests.conftest import tiny_task
 from torch import nn
 
 import moediff
@@ -24,6 +23,7 @@ from moediff.task import corrupt
 from moediff_plugins.clusterers.alignment import Alignment, best_cuts
 from moediff_plugins.clusterers.cuts import single_cut_objective
 from moediff_plugins.clusterers.uniform import Uniform
+from tests.conftest import tiny_task
 
 QUICK = Alignment(stride=125, images=6, batch=4)
 

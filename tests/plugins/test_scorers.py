@@ -10,7 +10,6 @@ import attrs
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tests.conftest import tiny_task, tiny_unet
 
 import moediff
 from moediff import Anatomy, Run, Sampling, Scores, Subject
@@ -20,6 +19,7 @@ from moediff.sampling import generate, initial_noise
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
+from tests.conftest import tiny_task, tiny_unet
 
 # Some of diffusers' schedulers hand torch tensors to numpy 2 in a way that it will drop.
 DIFFUSERS = "ignore:__array__ implementation:DeprecationWarning"

@@ -14,7 +14,6 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_unet
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -27,6 +26,7 @@ from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic, _depths
 from moediff_plugins.tuners.finetune import Finetune
 from moediff_plugins.tuners.training import share, trainable
+from tests.conftest import tiny_unet
 
 Weights = dict[str, torch.Tensor]
 FAST: dict[str, Any] = {"batch": 8, "learning_rate": 3e-3, "warmup": 0.0}

@@ -20,11 +20,11 @@ from moediff_plugins.counters.inputs import example, shares, twin
 FREE = frozenset(
     f"aten::{name}"
     for name in (
-        "add", "add_", "avg_pool2d", "clone", "cos", "div", "div_", "embedding", "exp", "feature_dropout",
-        "gelu", "mul", "mul_", "neg", "ones", "ones_like", "pad", "pow", "rsub", "sigmoid",
-        "silu", "silu_", "sin", "softmax", "sub", "tanh", "upsample_nearest2d",
+        *("add", "add_", "avg_pool2d", "clone", "cos", "div", "div_", "embedding", "exp"),
+        *("feature_dropout", "gelu", "mul", "mul_", "neg", "ones", "ones_like", "pad", "pow"),
+        *("rsub", "sigmoid", "silu", "silu_", "sin", "softmax", "sub", "tanh"),
     )
-)  # fmt: skip
+)
 """Operators that fvcore reports as not counted and that hold no multiply-adds."""
 
 
@@ -105,7 +105,7 @@ def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
 
 
 def _own(modules: Counter[str]) -> dict[str, float]:
-    """fvcore counts a module with all below it; keep what each one does by itself."""
+    """From the counts of modules with all below them, what each one does by itself."""
     prefix = "denoiser"
     totals = {
         name.removeprefix(prefix).lstrip("."): float(value)

@@ -21,20 +21,21 @@ FREE = frozenset(
     f"aten.{name}"
     for name in (
         # normalisation, softmax, and the sums and means that they are made of
-        "_fused_rms_norm _native_batch_norm_legit_no_training native_batch_norm native_group_norm "
-        "native_layer_norm _safe_softmax _softmax _log_softmax amax amin max mean min std sum var var_mean "
+        *("_fused_rms_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"),
+        *("native_group_norm", "native_layer_norm", "_safe_softmax", "_softmax", "_log_softmax"),
+        *("amax", "amin", "max", "mean", "min", "std", "sum", "var", "var_mean"),
         # copies, joins, padding, look-ups
-        "_to_copy _unsafe_view cat clone constant_pad_nd copy_ embedding flip gather index "
-        "index_select lift_fresh reflection_pad1d reflection_pad2d repeat replication_pad2d roll "
-        "stack "
+        *("_to_copy", "_unsafe_index", "_unsafe_view", "cat", "clone", "constant_pad_nd", "copy_"),
+        *("embedding", "flip", "gather", "index", "index_select", "lift_fresh", "repeat", "roll"),
+        *("reflection_pad1d", "reflection_pad2d", "replication_pad2d", "stack"),
         # new tensors
-        "arange empty empty_like empty_strided fill_ full full_like linspace new_empty "
-        "new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor zero_ zeros "
-        "zeros_like "
+        *("arange", "empty", "empty_like", "empty_strided", "fill_", "full", "full_like"),
+        *("linspace", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
+        *("ones", "ones_like", "scalar_tensor", "zero_", "zeros", "zeros_like"),
         # resampling without weights
-        "_adaptive_avg_pool2d _unsafe_index _upsample_nearest_exact2d avg_pool2d max_pool2d_with_indices "
-        "upsample_nearest2d"
-    ).split()
+        *("_adaptive_avg_pool2d", "_upsample_nearest_exact2d", "avg_pool2d"),
+        *("max_pool2d_with_indices", "upsample_nearest2d"),
+    )
 )
 """Operators that are neither views nor pointwise and still have no multiply-adds to count."""
 
@@ -89,13 +90,13 @@ def tally(denoiser: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Cost:
     return Cost(sum(operators.values()), "MACs", operators, modules)
 
 
-class _Multiplications(TorchDispatchMode):
+class _Multiplications(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up torch's flop formulas per operator and per module, and fails closed."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: Counter[str] = Counter()
         self.modules: Counter[str] = Counter()
         self.entered: list[str] = []

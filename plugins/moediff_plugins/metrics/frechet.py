@@ -90,7 +90,8 @@ def frechet_distance(
 def _features(
     extractor: Extractor, images: torch.Tensor, batch: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    starts = range(0, len(images), batch)
     with torch.inference_mode():
-        parts = [extractor(part).double().cpu() for part in images.split(batch)]
+        parts = [extractor(images[at : at + batch]).double().cpu() for at in starts]
     features: np.ndarray[tuple[int, int], np.dtype[np.float64]] = torch.cat(parts).numpy()
     return features
