@@ -520,6 +520,34 @@ def test_a_killed_run_ends_bit_equal(
     handle.remove()
 
 
+def test_images_are_made_and_phases_finished_once(
+    subject: moediff.Subject, task: moediff.Task, tmp_path: Path
+):
+    calls, limit = [0], [3]
+    tuner = Distill(steps=3, images=4, **TINY)
+
+    def job(subject: moediff.Subject, task: moediff.Task, run: Run) -> tuple[nn.Module, ...]:
+        return (tuner.recover(build(subject, 1), task, subject, run),)
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] > limit[0]:
+            raise KeyboardInterrupt
+
+    subject.denoiser.conv_out.register_forward_hook(count)
+    for folder, last, expected in [("a", 3, 4), ("a", 7, 8), ("a", 99, 2), ("b", 99, 10)]:
+        # 2 batches of 2 calls make the images; 3 steps ask teacher and mixture once each. The
+        # second kill comes after the tied phase (2 steps), so only the last step is left.
+        calls[0], limit[0] = 0, last
+        run = Run(cache=tmp_path / folder, sampling=moediff.Sampling(steps=2))
+        if last < 99:
+            with pytest.raises(KeyboardInterrupt):
+                _stage(job, subject, task, run)
+        else:
+            _stage(job, subject, task, run)
+        assert calls[0] == expected
+
+
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_same_seed_same_weights_whatever_ran_before(
     name: str, dropout: moediff.Subject, task: moediff.Task
