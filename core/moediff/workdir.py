@@ -46,7 +46,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    digest.update(type(value).__qualname__.encode() + b"\0")
+    kind = list if isinstance(value, tuple) else type(value)  # JSON knows no tuples
+    digest.update(kind.__qualname__.encode() + b"\0")
     match value:
         case torch.Tensor():
             array = value.detach().cpu().contiguous()

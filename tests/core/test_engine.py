@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,8 @@ WHOLE = recipe(prepare=Nudge(), recover=Nudge(0.02), seed=3)
 
 
 @pytest.fixture(autouse=True)
-def no_calls() -> Iterator[None]:
+def no_calls() -> None:
     CALLS.clear()
-    yield
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -263,7 +261,7 @@ def test_given_mixture(tmp_path: Path) -> None:
 
 def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(
-        UnknownNameError, match="given: unknown stage 'score'. Did you mean 'scores'"
+        UnknownNameError, match=r"given: unknown stage 'score'\. Did you mean 'scores'"
     ):
         build_experts(tiny_unet(), SCHEDULER, tiny_task(), recipe(), given={"score": None})
 
@@ -356,7 +354,9 @@ def test_intervals_of_another_schedule() -> None:
 
 
 def test_a_gate_that_overspends_is_named() -> None:
-    with pytest.raises(BudgetError, match="the gate Greedy returned a plan at .* asked was 0.0100"):
+    with pytest.raises(
+        BudgetError, match=r"the gate Greedy returned a plan at .* asked was 0\.0100"
+    ):
         build_experts(
             tiny_unet(), SCHEDULER, tiny_task(), recipe(budget=Budget(0.01, toys.Count()))
         )

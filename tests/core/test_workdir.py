@@ -88,6 +88,7 @@ def test_equal_content_has_equal_fingerprints() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     strided = torch.arange(6.0).view(2, 3).t()
     assert fingerprint(strided) == fingerprint(strided.contiguous())
+    assert fingerprint({"cuts": (0, 5)}) == fingerprint({"cuts": [0, 5]})  # as JSON gives it back
     assert fingerprint(tiny_unet()) == fingerprint(tiny_unet())
     assert fingerprint(tiny_task()) == fingerprint(tiny_task())
 
