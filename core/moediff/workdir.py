@@ -157,6 +157,7 @@ class _Stage:
     path: Path | None
     spent: Spent = attrs.field(factory=Spent)
     records: Tensors = attrs.field(factory=dict)
+    inner: dict[str, Spent] = attrs.field(factory=dict)
     inner_seconds: float = 0.0
 
 
@@ -242,22 +243,36 @@ class Run:
             records = {
                 k.removeprefix("record:"): v for k, v in tensors.items() if k[:7] == "record:"
             }
-            self.records.update(records)
-            self.ledger[name] = _sum(self.ledger.get(name), Spent(**data["spent"]))
+            inner = {k: Spent(**v) for k, v in data["inner"].items()}
+            found = _Stage(name, path, Spent(**data["spent"]), records, inner)
+            self._book(name, found, read=True)
             return unpack({k: v for k, v in tensors.items() if k[:7] != "record:"}, data["value"])
         stage = _Stage(name, path)
         with self._entered(stage):
             result = compute()
-        self.ledger[name] = _sum(self.ledger.get(name), stage.spent)
+        self._book(name, stage, read=False)
         if path is not None:
             tensors, value = pack(result)
             records = {f"record:{k}": v for k, v in stage.records.items()}
+            inside = {k: attrs.asdict(v) for k, v in stage.inner.items()}
+            spent = attrs.asdict(stage.spent)
             write_packed(
-                path, (tensors | records, {"value": value, "spent": attrs.asdict(stage.spent)})
+                path, (tensors | records, {"value": value, "spent": spent, "inner": inside})
             )
             for leftover in path.parent.glob(f"{path.stem}.*.checkpoint"):
                 leftover.unlink()
         return result
+
+    def _book(self, name: str, stage: _Stage, *, read: bool) -> None:
+        """Enter a stage's records and spending, for the run and for the stage around it."""
+        outer = self._stages[-1]
+        outer.records.update(stage.records)
+        self.records.update(stage.records)
+        own = {name: stage.spent}
+        # What ran inside a stage has been entered as it ran, unless the whole stage was read.
+        for book, entries in ((outer.inner, {**stage.inner, **own}), (self.ledger, own)):
+            for key, spent in (entries | stage.inner if read else entries).items():
+                book[key] = _sum(book.get(key), spent)
 
     @contextmanager
     def _entered(self, stage: _Stage) -> Iterator[None]:

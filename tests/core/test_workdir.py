@@ -326,6 +326,25 @@ def test_seconds_of_an_inner_stage_count_once() -> None:
     assert 0.02 <= run.ledger["outer"].seconds < 0.15
 
 
+def test_what_ran_inside_a_stage_is_in_the_ledger_when_it_is_read(tmp_path: Path) -> None:
+    def outer(run: Run, work: Counting) -> int:
+        work.run(run, 1)
+        work.run(run, 2)
+        run.spend(steps=1)
+        return 0
+
+    books = []
+    for work in (Counting(), Counting()):
+        run = Run(cache=tmp_path / "stages")
+        pack: Any = lambda result: ({}, result)  # noqa: E731
+        run.stage("outer", [], lambda r=run, w=work: outer(r, w), pack, lambda t, d: int(d))
+        work.run(run, 3)
+        books.append({k: (v.samples, v.steps) for k, v in run.ledger.items()})
+        assert run.records["work/drawn"].tolist() == [0, 1, 2]
+    assert books[0] == books[1] == {"work": (15, 6), "outer": (0, 1)}
+    assert work.times == 0
+
+
 def test_the_ledger_adds_up() -> None:
     spent = Spent()
     spent.add(samples=3)

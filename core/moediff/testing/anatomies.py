@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ def check_anatomy(
         promise(right, provider, "returns an Anatomy with units", repr(anatomy)[:60])
         _check_names(provider, anatomy)
         _check_places(provider, anatomy, denoiser)
-        denoiser.eval()
         sample, found = example(denoiser, 2)
         _check_mask_is_cut(provider, anatomy, denoiser, sample, found if inputs is None else inputs)
 
@@ -96,17 +96,40 @@ def _check_mask_is_cut(
             output: torch.Tensor = net(sample, 7, **inputs, return_dict=False)[0]
         return output
 
+    denoiser = stirred(denoiser)
     plain = run(denoiser)
-    for index, unit in enumerate(anatomy.units):
-        mask = torch.ones(len(anatomy.units))
-        mask[index] = 0
-        if unit.width is not None and anatomy.widths[unit.width].count == 1:
-            continue  # none left is the layer's own unit
+    for name, mask in _masks(anatomy):
         with masking.masked(denoiser, anatomy, mask):
             closed = run(denoiser)
         removed = run(surgery.cut(denoiser, anatomy, Blueprint.from_mask(anatomy, mask)))
-        close(provider, f"closing {unit.name} is removing it (mask = cut)", removed, closed)
+        close(provider, f"closing {name} is removing it (mask = cut)", removed, closed)
     close(provider, "no mask stays behind", plain, run(denoiser))
+
+
+def _masks(anatomy: Anatomy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every unit alone, then three random plans."""
+    generator = torch.Generator().manual_seed(0)
+    for index, unit in enumerate(anatomy.units):
+        mask = torch.ones(len(anatomy.units))
+        mask[index] = 0
+        if unit.width is None or anatomy.widths[unit.width].count > 1:
+            yield unit.name, mask  # of a width of one, none left is the layer's own unit
+    for number in range(3):
+        mask = (torch.rand(len(anatomy.units), generator=generator) > 0.3).float()
+        for span in anatomy.spans.values():
+            mask[span.start] = 1
+        yield f"random plan {number}", mask
+
+
+def stirred(denoiser: nn.Module) -> nn.Module:
+    """A copy in eval mode without the zeros and ones of initialisation, which hide leaks."""
+    copied = copy.deepcopy(denoiser).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return copied
 
 
 def example(denoiser: Any, batch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -92,13 +92,13 @@ def _bits(value: torch.Tensor) -> bytes:
 def _state(denoiser: nn.Module) -> dict[str, Any]:
     named = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     return {
+        "the modules": {name: type(m).__name__ for name, m in denoiser.named_modules()},
         "the names of the tensors": sorted(named),
         "the weights": {name: _bits(tensor) for name, tensor in named.items()},
         "dtype and device": {name: (t.dtype, str(t.device)) for name, t in named.items()},
         "the gradients": {n: None if t.grad is None else _bits(t.grad) for n, t in named.items()},
         "requires_grad": {name: tensor.requires_grad for name, tensor in named.items()},
         "train and eval mode": {name: m.training for name, m in denoiser.named_modules()},
-        "the modules": {name: type(m).__name__ for name, m in denoiser.named_modules()},
         "the hooks": {
             f"{name}.{kind.strip('_')}": len(getattr(module, kind, ()))
             for name, module in denoiser.named_modules()

@@ -90,7 +90,7 @@ def check_mixture_tuner(strategy: Any) -> None:
                 strategy,
                 mixture,
                 lambda: strategy.recover(mixture, task, teacher, tiny.tiny_run(kind)),
-                lambda tuned: [tuned],
+                lambda tuned: [_mixture(strategy, tuned)],
             )
         return found
 
@@ -98,8 +98,6 @@ def check_mixture_tuner(strategy: Any) -> None:
         teacher = tiny.tiny_subject(kind)
         plan = tiny.tiny_plan(teacher)
         mixture = repeated(strategy, lambda: recover(teacher), lambda found: found)
-        right = isinstance(mixture, ExpertMixture)
-        promise(right, strategy, "returns an ExpertMixture", type(mixture).__name__)
         promise(mixture.plan == plan, strategy, "the mixture keeps its plan", "another one")
         _check_finite(strategy, mixture)
         for layer in teacher.anatomy.layers:
@@ -108,6 +106,13 @@ def check_mixture_tuner(strategy: Any) -> None:
             text = f"{layer.name} stays one object, as the plan shares it"
             promise(not shared or first is second, strategy, text, "two")
         failing(strategy, lambda: tiny.tiny_subject(kind), recover)
+
+
+def _mixture(strategy: Any, tuned: Any) -> ExpertMixture:
+    right = isinstance(tuned, ExpertMixture)
+    promise(right, strategy, "returns an ExpertMixture", type(tuned).__name__)
+    mixture: ExpertMixture = tuned
+    return mixture
 
 
 def _effective(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import attrs
 import numpy as np
 import torch
@@ -84,7 +86,10 @@ def frechet_distance(
             f"frechet: {error}. Install the metrics: pip install moediff[metrics]."
         ) from error
     moments = [(f.mean(axis=0), np.cov(f, rowvar=False)) for f in (first, second)]
-    return float(distance(*moments[0], *moments[1]))
+    with warnings.catch_warnings():
+        # clean-fid passes an argument to sqrtm that SciPy 1.18 removes; hence the pin below it.
+        warnings.filterwarnings("ignore", "The `disp` argument", DeprecationWarning)
+        return float(distance(*moments[0], *moments[1]))
 
 
 def _features(
