@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 import moediff
 from moediff import Blueprint, Budget, Intervals, Plan, Recipe, Run, Sampling, Task
-from moediff.workdir import read_packed
+from moediff.storage import read_packed
 from moediff_plugins import digits
 from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.counters.macs import MACs

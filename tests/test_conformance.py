@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import moediff
 from moediff.roles import ROLES
-from moediff.testing import check_strategy
+from moediff.testing import CHECKS, check_strategy
 
-QUICK = {
-    "ablation-l1": {"images": 1},
-    "alignment": {"stride": 25, "images": 4, "batch": 4},
-    "distill": {"steps": 4, "images": 4, "batch": 4},
-    "elastic": {"depth_steps": 2, "width_steps": 2, "batch": 4},
-    "era": {"steps": 2, "batch": 2, "hidden": 16},
-    "finetune": {"steps": 4, "batch": 4},
+QUICK: dict[tuple[str, str], dict[str, Any]] = {
+    ("clusterers", "alignment"): {"stride": 25, "images": 4, "batch": 4},
+    ("gates", "era"): {"steps": 2, "batch": 2, "hidden": 16},
+    ("metrics", "frechet"): {"samples": 4},
+    ("metrics", "latency"): {"pairs": 3},
+    ("scorers", "ablation-l1"): {"images": 1},
+    ("tuners", "distill"): {"steps": 4, "images": 4, "batch": 4},
+    ("tuners", "elastic"): {"depth_steps": 2, "width_steps": 2, "batch": 4},
+    ("tuners", "finetune"): {"steps": 4, "batch": 4},
 }
 """Options that make the costly strategies quick; the others are checked with their defaults."""
 
-EXCEPTIONS = {
-    ("metrics", "latency"): "no two timings are equal; see test_metrics.py",
-    ("metrics", "frechet"): "its extractor takes the digits' one channel; see test_metrics.py",
-    ("anatomies", "unet2d"): "needs a denoiser to describe; see core/test_masking.py",
+EXCEPTIONS: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
+    ("metrics", "latency"): ({"repeatable": False}, "no two timings are equal"),
 }
-"""What the kit's tiny subject cannot check, with the reason and where it is checked instead."""
+"""Promises that a strategy cannot keep: the option that excuses it from one, and the reason."""
 
 INSTALLED = [(hook, name) for hook in ROLES for name in moediff.installed().names(hook)]
 
 
-@pytest.mark.parametrize(("hook", "name"), [pair for pair in INSTALLED if pair not in EXCEPTIONS])
-def test_strategy(hook, name):
-    check_strategy(hook, moediff.installed().create(hook, name, QUICK.get(name, {})))
+@pytest.mark.parametrize(("hook", "name"), INSTALLED)
+def test_strategy(hook: str, name: str) -> None:
+    strategy = moediff.installed().create(hook, name, QUICK.get((hook, name), {}))
+    options, _ = EXCEPTIONS.get((hook, name), ({}, ""))
+    check_strategy(hook, strategy, **options)
 
 
-def test_exceptions_are_installed():
-    assert set(EXCEPTIONS) <= set(INSTALLED)
+def test_every_role_is_checked_and_the_tables_name_what_is_installed() -> None:
+    assert set(CHECKS) == set(ROLES) == {hook for hook, _ in INSTALLED}
+    assert {*QUICK, *EXCEPTIONS} <= set(INSTALLED)
+    assert all(reason for _, reason in EXCEPTIONS.values())

@@ -17,19 +17,18 @@ from moediff.mixture import ExpertMixture
 from moediff.plan import REST, Blueprint, Plan, Scores, SearchSpace
 from moediff.recipe import Recipe
 from moediff.registry import Registry, installed
-from moediff.subject import Subject, preserved
-from moediff.task import Task
-from moediff.timesteps import Intervals
-from moediff.workdir import (
+from moediff.storage import (
     Packed,
-    Run,
     Tensors,
-    claim,
     fingerprint,
     settings,
     write_json,
     write_packed,
 )
+from moediff.subject import Subject, preserved
+from moediff.task import Task
+from moediff.timesteps import Intervals
+from moediff.workdir import Run, claim
 
 STAGES = ("intervals", "scores", "experts", "plan", "mixture")
 

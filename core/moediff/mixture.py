@@ -18,9 +18,16 @@ from moediff import surgery
 from moediff.errors import ArtefactError, PlanError
 from moediff.plan import REST, Plan
 from moediff.registry import installed
+from moediff.storage import (
+    Packed,
+    Tensors,
+    fingerprint,
+    read_packed,
+    write_json,
+    write_packed,
+)
 from moediff.subject import Subject
 from moediff.timesteps import Intervals
-from moediff.workdir import Packed, Tensors, fingerprint, read_packed, write_json, write_packed
 
 WEIGHTS = "mixture.safetensors"
 MIXTURE = "mixture.json"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "digits"
 NULL_LABEL = 10
@@ -92,6 +92,7 @@ def load_base() -> tuple[UNet2DModel, DDPMScheduler]:
 
 def load_classifier() -> DigitsClassifier:
     """Load the bundled digits classifier (float32, eval mode)."""
-    model = DigitsClassifier()
-    model.load_state_dict(load_file(ASSETS / "classifier.safetensors"))
+    with device("meta"):  # initial weights would move the global random state
+        model = DigitsClassifier()
+    model.load_state_dict(load_file(ASSETS / "classifier.safetensors"), assign=True)
     return model.eval()

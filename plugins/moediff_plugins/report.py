@@ -13,7 +13,7 @@ import torch
 
 from moediff.anatomy import Anatomy
 from moediff.plan import Plan
-from moediff.workdir import write_atomic
+from moediff.storage import write_atomic
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>

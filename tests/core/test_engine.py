@@ -35,7 +35,7 @@ from moediff.errors import (
     WorkdirError,
 )
 from moediff.plan import REST
-from moediff.workdir import fingerprint, read_packed
+from moediff.storage import fingerprint, read_packed
 from tests.conftest import tiny_task, tiny_unet
 from tests.core import toys
 from tests.core.toys import CALLS, Draw, Failing, Greedy, Nudge, PerInterval, recipe

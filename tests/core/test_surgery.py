@@ -11,8 +11,8 @@ from torch import nn
 from moediff import Anatomy, Blueprint, Intervals, Plan, Slice, Subject, Width, cut
 from moediff.errors import AnatomyError, PlanError
 from moediff.plan import REST
+from moediff.storage import fingerprint
 from moediff.surgery import Bypass, _cut_width, assemble, parts_of, untie
-from moediff.workdir import fingerprint
 from tests.conftest import conditioning, tiny_unet
 
 KINDS = [(0, 0, 0), (0, 1, 2), (0, 0, 1), (0, 1, 1)]

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 
 from moediff import Run, Sampling
 from moediff.errors import ArtefactError, WorkdirError
-from moediff.workdir import (
+from moediff.storage import (
     Packed,
-    Spent,
-    claim,
     fingerprint,
     read_packed,
     settings,
@@ -29,6 +27,7 @@ from moediff.workdir import (
     write_json,
     write_packed,
 )
+from moediff.workdir import Spent, claim
 from tests.conftest import tiny_task, tiny_unet
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +107,7 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
     """Diffusers keeps a set in its configs, whose order follows the process's hash seed."""
     code = (
         "from diffusers import DDPMScheduler\n"
-        "from moediff.workdir import fingerprint, settings\n"
+        "from moediff.storage import fingerprint, settings\n"
         "from tests.conftest import tiny_unet, tiny_task\n"
         "print(fingerprint(tiny_unet(), settings(DDPMScheduler().config), tiny_task()))"
     )
@@ -149,7 +148,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(path, {"old": True})
     python(
         "import os, signal, sys, pathlib\n"
-        "from moediff.workdir import write_atomic\n"
+        "from moediff.storage import write_atomic\n"
         "def half(target):\n"
         "    target.write_text('{')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -128,7 +128,7 @@ def stirred(denoiser: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in copied.parameters():
             if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return copied
 
 

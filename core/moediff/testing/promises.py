@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from moediff.errors import MoediffError
+from moediff.storage import fingerprint
 from moediff.subject import Subject, preserved
-from moediff.workdir import fingerprint
 
 T = TypeVar("T")
 

@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from moediff.errors import MoediffError, NoEffectWarning, OptionError
-from moediff.workdir import Packed, Run, Tensors
+from moediff.storage import Packed, Tensors
+from moediff.workdir import Run
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 """Learning-rate schedules, by diffusers' names."""
