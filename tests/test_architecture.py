@@ -14,6 +14,7 @@ PLUGINS = ROOT / "plugins" / "moediff_plugins"
 
 ORDER = (
     "errors",
+    "storage",
     "timesteps",
     "anatomy",
     "sampling",
@@ -162,6 +163,23 @@ def test_strategies_are_found_where_there_are_any() -> None:
     assert wings == {
         "anatomies", "clusterers", "counters", "gates", "metrics", "pruners", "scorers", "tuners",
     }  # fmt: skip
+
+
+ELSEWHERE = {
+    "cli": "tests/test_cli.py",
+    "errors": "wherever one is raised",
+    "hookspecs": "test_registry.py",
+    "modelfile": "tests/test_cli.py",
+    "roles": "test_registry.py and test_recipe.py",
+    "testing": "tests/test_testing.py",
+}
+"""Core modules without a test file of their own name, and where they are tested."""
+
+
+def test_the_tests_mirror_the_core() -> None:
+    named = {f.stem.removeprefix("test_") for f in (ROOT / "tests" / "core").glob("test_*.py")}
+    assert named | set(ELSEWHERE) == set(ORDER)
+    assert not named & set(ELSEWHERE)
 
 
 def test_the_source_roots_are_no_packages() -> None:
