@@ -34,7 +34,7 @@ from moediff_plugins.tuners.finetune import Finetune
 
 CLASSES = (3, 8)
 SAMPLERS = {"DDIM-20": Sampling("ddim", 20), "DPM++-10": Sampling("dpmsolver++", 10)}
-RATE = 2e-4
+RATE = 5e-4
 
 
 @attrs.frozen

@@ -32,7 +32,7 @@ def main() -> None:
     denoiser, scheduler = digits.load_base()
     task = moediff.Task.from_arrays(*digits.load_images(), null_label=digits.NULL_LABEL)
     task = task.subset([3, 8])
-    quarter, rate = options.steps // 4, 2e-4
+    quarter, rate = options.steps // 4, 5e-4
     recipe = Recipe(
         clusterer=Alignment(images=options.images),  # Supp. Eq. 1-3
         prepare=Elastic(depth_steps=quarter, width_steps=quarter, learning_rate=rate),  # Eq. 4-5

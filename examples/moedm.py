@@ -36,7 +36,7 @@ def main() -> None:
         pruner=MidLayer(),  # Sec. 3.2, "Discard Layers"
         budget=Budget(0.3, Params()),
         experts=2,
-        recover=Distill(steps=options.steps, learning_rate=2e-4),  # Eq. 3
+        recover=Distill(steps=options.steps, learning_rate=5e-4),  # Eq. 3
         sampling=Sampling("ddim", steps=10),
     )
     mixture = moediff.build_experts(denoiser, scheduler, task, recipe, options.out, verbose=True)
