@@ -39,6 +39,9 @@ COMPONENTS: dict[str, tuple[str, type[Any]]] = {
 }
 """Recipe field -> the hook that offers its strategies and the protocol they fulfil."""
 
+INHERENT = frozenset({"intervals"})
+"""What every recipe provides. A scorer that needs intervals is asked for each expert by itself."""
+
 
 @attrs.frozen
 class Recipe:
@@ -83,7 +86,7 @@ class Recipe:
         members["counter"] = self.budget.counter
         for field, strategy in members.items():
             others = [other for name, other in members.items() if name != field]
-            offered = frozenset().union(*(getattr(o, "provides", ()) for o in others))
+            offered = INHERENT.union(*(getattr(o, "provides", ()) for o in others))
             missing = sorted(frozenset(getattr(strategy, "needs", ())) - offered)
             if missing:
                 raise IncompatibleError(

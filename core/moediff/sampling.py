@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import diffusers
 import torch
-from torch import nn
 
 from moediff.errors import OptionError, UnknownNameError, did_you_mean
 from moediff.timesteps import Intervals
 
 Conditioning = Mapping[str, torch.Tensor]
+
+Call = Callable[..., Any]
+"""A denoiser, or anything that is called as one is."""
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -91,7 +93,7 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
 
 
 def predict(
-    denoiser: nn.Module, sample: torch.Tensor, timestep: Any, conditioning: Conditioning
+    denoiser: Call, sample: torch.Tensor, timestep: Any, conditioning: Conditioning
 ) -> torch.Tensor:
     """Call a denoiser and return its prediction, without a learned variance half."""
     output: torch.Tensor = denoiser(sample, timestep, **conditioning, return_dict=False)[0]
@@ -99,7 +101,7 @@ def predict(
 
 
 def generate(
-    denoiser: nn.Module,
+    denoiser: Call,
     base_scheduler: Any,
     sampling: Sampling,
     noise: torch.Tensor,
@@ -110,7 +112,7 @@ def generate(
     """Generate images (B, C, H, W) from `noise` (B, C, H, W); gradients flow if they are on.
 
     Args:
-        denoiser: any module that is called like a diffusers UNet.
+        denoiser: anything that is called like a diffusers UNet.
         base_scheduler: the scheduler that the denoiser was trained with.
         sampling: scheduler, steps and guidance to use.
         noise: standard normal noise; equal rows stay equal under every scheduler.

@@ -20,8 +20,11 @@ from moediff_plugins.pruners.mid_layer import MidLayer
 from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.recipes import RECIPES
 from moediff_plugins.scorers.ablation_l1 import AblationL1
+from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
+from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
+from moediff_plugins.scorers.taylor import Taylor
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic
 from moediff_plugins.tuners.finetune import Finetune
@@ -30,7 +33,14 @@ from moediff_plugins.tuners.finetune import Finetune
 @hookimpl
 def scorers() -> Mapping[str, type]:
     """What the experts need."""
-    return {"ablation-l1": AblationL1, "magnitude": Magnitude, "random": Random}
+    return {
+        "ablation-l1": AblationL1,
+        "ablation-l1-sketch": AblationL1Sketch,
+        "gradient": Gradient,
+        "magnitude": Magnitude,
+        "random": Random,
+        "taylor": Taylor,
+    }
 
 
 @hookimpl

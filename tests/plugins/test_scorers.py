@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ from moediff import Anatomy, Run, Sampling, Scores, Subject
 from moediff.errors import AnatomyError, OptionError
 from moediff.masking import masked_channels
 from moediff.sampling import generate, initial_noise
+from moediff.storage import read_packed
 from moediff_plugins.scorers.ablation_l1 import AblationL1
+from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
+from moediff_plugins.scorers.channels import channel_counts, rank_stability
+from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
+from moediff_plugins.scorers.taylor import Taylor
 from tests.conftest import tiny_task, tiny_unet
 
 # Some of diffusers' schedulers hand torch tensors to numpy 2 in a way that it will drop.
 DIFFUSERS = "ignore:__array__ implementation:DeprecationWarning"
 QUICK = {
     "ablation-l1": AblationL1(images=2, batch=64),
+    "ablation-l1-sketch": AblationL1Sketch(images=2, projections=2),
+    "gradient": Gradient(samples=6, batch=4),
     "magnitude": Magnitude(),
     "random": Random(),
+    "taylor": Taylor(samples=6, batch=4),
 }
 
 
@@ -214,6 +223,104 @@ def test_ablation_states_its_cost_before_it_starts(
     assert "s for all batches" in estimate
 
 
+def test_ablation_of_some_channels_is_the_same_for_them(
+    subject: Subject, task: moediff.Task
+) -> None:
+    subject = part(subject, 2, 4, double=True)
+    sampling = Sampling(steps=2)
+    full, some = Run(sampling=sampling), Run(sampling=sampling)
+    AblationL1(images=2, batch=64).score(subject, task, full)
+    scores = AblationL1(images=2, batch=64, channels=3).score(subject, task, some)
+    every, found = full.records["free/channels"], some.records["free/channels"]
+    scored = ~found.isnan()
+    torch.testing.assert_close(found[scored], every[scored], rtol=1e-9, atol=0)
+    start = 0
+    for width in subject.anatomy.widths.values():
+        own = found[start : start + width.count * width.size]
+        assert (~own.isnan()).sum() == 3
+        # The others stand at the mean of their unit or, where that has none, of their width.
+        grid = own.view(width.count, width.size)
+        means = [float(row.nanmean()) for row in grid]
+        wanted = [width.size * (own.nanmean().item() if m != m else m) for m in means]
+        values = scores.values[subject.anatomy.spans[width.name]].tolist()
+        assert values == pytest.approx(wanted, rel=1e-9)
+        start += len(own)
+    assert -1 <= some.records["free/rank-stability"].item() <= 1
+    assert "free/rank-stability" not in full.records
+
+
+def test_rank_stability_tells_signal_from_noise(subject: Subject) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = channel_counts(subject.anatomy)
+    noise = torch.rand(sum(counts), generator=generator, dtype=torch.float64)
+    rising = torch.repeat_interleave(
+        torch.arange(len(counts), dtype=torch.float64), torch.tensor(counts)
+    )
+    assert rank_stability(subject.anatomy, rising + 0.1 * noise, generator) > 0.99
+    assert abs(rank_stability(subject.anatomy, noise, generator)) < 0.7
+    assert math.isnan(
+        rank_stability(Anatomy(subject.anatomy.layers[:1]), noise[: counts[0]], generator)
+    )
+
+
+def test_ablation_by_interval_removes_a_channel_at_its_timesteps_only(
+    subject: Subject, task: moediff.Task
+) -> None:
+    subject = part(subject, 2, double=True)
+    run = Run(sampling=Sampling(steps=4))  # timesteps 0, 250, 500 and 750
+    scorer = AblationL1(images=1, by_interval=True)
+    assert scorer.needs == {"intervals"}
+    assert AblationL1().needs == frozenset()
+
+    def scores(*interval: int) -> torch.Tensor:
+        return scorer.score(attrs.evolve(subject, interval=interval), task, run).values
+
+    assert scores(251, 500).max() < 1e-12  # rounding alone, which the batch decides
+    early, late, whole = scores(400, 1000), scores(0, 400), scores(0, 1000)
+    assert not torch.equal(early, late)
+    width = next(iter(subject.anatomy.widths.values()))
+    channels = torch.ones(width.count * width.size).double()
+    channels[0] = 0
+
+    def call(sample: torch.Tensor, timestep: Any, **words: Any) -> Any:
+        if timestep < 400:
+            return subject.denoiser(sample, timestep, **words)
+        with masked_channels(subject.denoiser, width, channels) as denoiser:
+            return denoiser(sample, timestep, **words)
+
+    seeds = run.sampling.seeds(1)
+    noise = initial_noise(seeds, subject.shape).double()
+    with torch.no_grad():
+        made = [
+            generate(d, subject.scheduler, run.sampling, noise, {}, {}, seeds)
+            for d in (call, subject.denoiser)
+        ]
+    records = Run(sampling=run.sampling)
+    scorer.score(attrs.evolve(subject, interval=(400, 1000)), task, records)
+    wanted = (made[0] - made[1]).abs().mean().item()
+    assert records.records["free/channels"][0].item() == pytest.approx(wanted, rel=1e-9)
+    assert whole.min() > 0
+
+
+def test_scores_by_interval_reach_every_expert(
+    subject: Subject, task: moediff.Task, tmp_path: Path
+) -> None:
+    recipe = moediff.load_recipe(
+        "moedm",
+        scorer=AblationL1(images=1, channels=1, by_interval=True),
+        pruner="structural",
+        budget=0.8,
+        recover=None,
+        sampling=Sampling(steps=2),
+    )
+    mixture = moediff.build_experts(
+        subject.denoiser, subject.scheduler, task, recipe, cache=tmp_path
+    )
+    first, second = (read_packed(path)[0]["values"] for path in tmp_path.glob("scores-*"))
+    assert not torch.allclose(first, second, rtol=0.1)
+    assert len(mixture.experts) == 2
+
+
 def test_ablation_counts_every_sample_it_passes(subject: Subject, task: moediff.Task) -> None:
     subject = part(subject, 2)
     rows = []
@@ -237,6 +344,8 @@ def test_ablation_counts_every_sample_it_passes(subject: Subject, task: moediff.
         ({"batch": 0}, "batch"),
         ({"grain": "layer"}, "grain"),
         ({"aggregate": "max"}, "aggregate"),
+        ({"channels": 0}, "channels"),
+        ({"channels": 2, "grain": "unit"}, "channels: got a number of channels"),
     ],
 )
 def test_ablation_refuses_bad_options(options: dict[str, Any], message: str) -> None:

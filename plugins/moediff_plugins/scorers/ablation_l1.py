@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import ge, in_, instance_of
+from attrs.validators import ge, in_, instance_of, optional
 
-from moediff.anatomy import Anatomy
 from moediff.errors import OptionError
-from moediff.masking import masked, masked_channels
 from moediff.plan import Scores
-from moediff.sampling import generate, initial_noise
+from moediff.sampling import Call
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
+from moediff_plugins.scorers.channels import (
+    ablated,
+    by_unit,
+    channel_counts,
+    images_of,
+    rank_stability,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +38,7 @@ class AblationL1:
 
     The work is (ablations + 1) x images whole samplings; the numbers are logged at INFO before
     it starts, the time that it will take after the first batch. A run that was killed goes on at
-    the batch where it stopped. The images come from the whole denoising path, whatever the
-    expert's interval is.
+    the batch where it stopped.
 
     Attributes:
         grain: "channel" removes every inner channel alone, as Eq. 1 says. A unit's score is then
@@ -45,6 +47,12 @@ class AblationL1:
         aggregate: "sum" or "mean" over channels; used by the grain "channel" only.
         images: how many noises every ablation is judged on; drawn from the sampling's seeds.
         batch: how many rows, ablations x images, go through the denoiser at once.
+        channels: how many channels of every width are ablated, drawn at random; None means all.
+            The others count as the mean of their unit, or of their width. The record
+            `rank-stability` says how well the layers' ranking stands (see `rank_stability`), and
+            `channels` has the score of every channel (M,), NaN where there is none.
+        by_interval: remove a channel inside an expert's interval only, which gives every expert
+            scores of its own, (N, U) in all. Neither paper ran this.
     """
 
     grain: Literal["channel", "unit"] = attrs.field(
@@ -53,6 +61,8 @@ class AblationL1:
     aggregate: Literal["sum", "mean"] = attrs.field(default="sum", validator=in_(("sum", "mean")))
     images: int = attrs.field(default=8, validator=[instance_of(int), ge(1)])
     batch: int = attrs.field(default=128, validator=[instance_of(int), ge(1)])
+    channels: int | None = attrs.field(default=None, validator=optional([instance_of(int), ge(1)]))
+    by_interval: bool = attrs.field(default=False, validator=instance_of(bool))
 
     def __attrs_post_init__(self) -> None:
         if self.batch < self.images:
@@ -60,95 +70,85 @@ class AblationL1:
                 f"batch: got {self.batch} rows; allowed is {self.images} (`images`) or more, since "
                 "an ablation's images run together. Raise batch or lower images."
             )
+        if self.channels is not None and self.grain == "unit":
+            raise OptionError(
+                "channels: got a number of channels for the grain 'unit', which removes whole "
+                "units. Leave it out, or choose the grain 'channel'."
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"intervals"} if self.by_interval else ())
 
     def score(self, expert: Subject, task: Task, run: Run) -> Scores:
-        distances = self._distances(expert, task, run)
-        if self.grain == "channel":
-            distances = _by_unit(expert.anatomy, distances, self.aggregate)
-        return Scores(distances, comparable=True)
+        anatomy = expert.anatomy
+        if self.grain == "unit":
+            units = torch.arange(len(anatomy.units))
+            return Scores(self._distances(expert, units, len(units), task, run))
+        counts = channel_counts(anatomy)
+        chosen = self._chosen(counts, run)
+        distances = torch.full((sum(counts),), torch.nan, dtype=torch.float64)
+        distances[chosen] = self._distances(expert, chosen, sum(counts), task, run)
+        run.record("channels", distances)
+        if len(chosen) < sum(counts):
+            stable = rank_stability(anatomy, distances, run.generator("halves"))
+            run.record("rank-stability", torch.tensor(stable))
+            log.info("ablation-l1: the layers' rank stability is %.2f", stable)
+        return Scores(by_unit(anatomy, distances, self.aggregate))
 
-    def _distances(self, expert: Subject, task: Task, run: Run) -> torch.Tensor:
-        """The distance (M,) in float64 that each of M ablations makes."""
-        ablations = len(expert.anatomy.units)
-        if self.grain == "channel":
-            ablations = sum(_channel_counts(expert.anatomy))
+    def _chosen(self, counts: list[int], run: Run) -> torch.Tensor:
+        """The numbers of the channels that are ablated, increasing."""
+        generator, first, chosen = run.generator("channels"), 0, []
+        for count in counts:
+            order = torch.arange(count)
+            if self.channels is not None and self.channels < count:
+                order = torch.randperm(count, generator=generator)[: self.channels].sort().values
+            chosen.append(first + order)
+            first += count
+        return torch.cat(chosen)
+
+    def _distances(
+        self, expert: Subject, chosen: torch.Tensor, count: int, task: Task, run: Run
+    ) -> torch.Tensor:
+        """The distance (n,) in float64 that each of n ablations, out of `count`, makes."""
         together = self.batch // self.images
-        starts = range(0, ablations, together)
-        (calls,) = run.sampling.calls(expert.scheduler, Intervals.uniform(expert.total, 1))
+        starts = range(0, len(chosen), together)
+        (calls,) = run.sampling.calls(expert.scheduler, Intervals((0, expert.total)))
         checkpoint = run.checkpoint("ablations")
-        distances, done = torch.zeros(ablations, dtype=torch.float64), 0
+        distances, done = torch.zeros(len(chosen), dtype=torch.float64), 0
         if found := checkpoint.load():
             distances, done = found[0]["distances"], found[1]["batches"]
         todo = starts[done:]
         log.info(
             "ablation-l1: %d ablations x %d images of %d denoiser calls, %d of %d batches to run",
-            ablations, self.images, calls, len(todo), len(starts),
+            len(chosen), self.images, calls, len(todo), len(starts),
         )  # fmt: skip
-        intact = self._generate(expert, task, run, 1).double()
+        intact = self._images(expert, torch.ones(0, count), task, run).double()
         run.spend(samples=self.images * calls)
-        for start in run.progress(todo, f"ablating {ablations} {self.grain}s", total=len(todo)):
+        title = f"ablating {len(chosen)} {self.grain}s"
+        for start in run.progress(todo, title, total=len(todo)):
             began = time.perf_counter()
-            rows = min(together, ablations - start)
-            masks = torch.ones(rows, ablations, device=expert.device)
-            masks[torch.arange(rows), torch.arange(start, start + rows)] = 0
-            with _closed(expert, masks.repeat_interleave(self.images, dim=0), self.grain):
-                ablated = self._generate(expert, task, run, rows).double()
+            closed = chosen[start : start + together]
+            masks = torch.ones(len(closed), count, device=expert.device)
+            masks[torch.arange(len(closed)), closed] = 0
+            images = self._images(expert, masks, task, run).double()
             # S_c = |I(eps, g) - I_c(eps, g)|_1, per pixel and image            (MoEDM Eq. 1)
-            gap = (ablated.view(rows, *intact.shape) - intact).abs()  # (rows, images, C, H, W)
-            distances[start : start + rows] = gap.flatten(1).mean(1).cpu()
+            gap = (images.view(-1, *intact.shape) - intact).abs()  # (rows, images, C, H, W)
+            distances[start : start + together] = gap.flatten(1).mean(1).cpu()
             done += 1
             checkpoint.save({"distances": distances}, {"batches": done})
-            run.spend(samples=rows * self.images * calls)
+            run.spend(samples=len(images) * calls)
             if start == todo[0]:
                 took = time.perf_counter() - began
                 log.info("ablation-l1: about %.0f s for all batches", took * len(todo))
         return distances
 
-    def _generate(self, expert: Subject, task: Task, run: Run, copies: int) -> torch.Tensor:
-        """Images (copies x images, C, H, W), every copy from the same noise and conditioning."""
-        seeds = run.sampling.seeds(self.images)
-        dtype = next(expert.denoiser.parameters()).dtype
-        noise = initial_noise(seeds, expert.shape).to(expert.device, dtype)
-        conditioning, null = (
-            {name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in rows.items()}
-            for rows in task.prompts(self.images, expert.device)
-        )
+    def _images(self, expert: Subject, masks: torch.Tensor, task: Task, run: Run) -> torch.Tensor:
+        """Images (rows x images, C, H, W) of every mask (rows, M or U); of none, intact ones."""
+        call: Call = expert.denoiser
+        rows = list(range(self.images)) * max(len(masks), 1)
+        if len(masks):
+            spread = masks.repeat_interleave(self.images, dim=0)
+            call = ablated(expert, spread, units=self.grain == "unit")
         with torch.no_grad():
-            return generate(
-                expert.denoiser, expert.scheduler, run.sampling, noise.repeat(copies, 1, 1, 1),
-                conditioning, null, seeds * copies,
-            )  # fmt: skip
-
-
-def _channel_counts(anatomy: Anatomy) -> list[int]:
-    return [width.count * width.size for width in anatomy.widths.values()]
-
-
-@contextmanager
-def _closed(expert: Subject, masks: torch.Tensor, grain: str) -> Iterator[None]:
-    """Mask row by row, masks (B, U) for units or (B, M) for the M channels of all widths."""
-    with ExitStack() as stack:
-        if grain == "unit":
-            stack.enter_context(masked(expert.denoiser, expert.anatomy, masks))
-        else:
-            parts = torch.split(masks, _channel_counts(expert.anatomy), dim=1)
-            for width, part in zip(expert.anatomy.widths.values(), parts, strict=True):
-                if not bool(part.all()):
-                    stack.enter_context(masked_channels(expert.denoiser, width, part))
-        yield
-
-
-def _by_unit(anatomy: Anatomy, channels: torch.Tensor, aggregate: str) -> torch.Tensor:
-    """Channel scores (M,) -> unit scores (U,)."""
-    reduce = torch.sum if aggregate == "sum" else torch.mean
-    by_width = torch.split(channels, _channel_counts(anatomy))
-    parts = dict(zip(anatomy.widths, by_width, strict=True))
-    values = torch.zeros(len(anatomy.units), dtype=channels.dtype)
-    for layer in anatomy.layers:
-        for width in layer.widths:
-            by_unit = parts[width.name].view(width.count, width.size)
-            values[anatomy.spans[width.name]] = reduce(by_unit, dim=1)
-        if layer.droppable:
-            everything = torch.cat([parts[width.name] for width in layer.widths])
-            values[anatomy.layer_units[layer.name]] = reduce(everything)
-    return values
+            return images_of(call, expert, task, run, rows)

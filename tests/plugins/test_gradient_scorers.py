@@ -1,0 +1,253 @@
+"""The scorers that read gradients, against the same figures made the long way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import moediff
+from moediff import Run, Sampling, Subject
+from moediff.masking import masked
+from moediff.sampling import generate, initial_noise
+from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
+from moediff_plugins.scorers.channels import ablated, by_unit, channel_counts, images_of
+from moediff_plugins.scorers.gradient import Gradient
+from moediff_plugins.scorers.losses import denoising_losses
+from moediff_plugins.scorers.taylor import Taylor
+from moediff_plugins.scorers.weights import norm_per_weight
+from tests.conftest import tiny_unet
+from tests.plugins.test_scorers import DIFFUSERS, Interrupted, part, staged
+
+# The sketch
+
+
+def jacobian(subject: Subject, task: moediff.Task, run: Run, images: int) -> torch.Tensor:
+    """The derivative (images, pixels, M) of every pixel by every channel's mask, pixel by pixel."""
+    masks = torch.ones(images, sum(channel_counts(subject.anatomy)), dtype=torch.float64)
+    masks.requires_grad_(True)
+    made = images_of(ablated(subject, masks), subject, task, run, range(images)).flatten(1)
+    rows = [
+        torch.autograd.grad(made[:, pixel].sum(), masks, retain_graph=True)[0]
+        for pixel in range(made.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.filterwarnings(DIFFUSERS)
+@pytest.mark.parametrize("scheduler_name", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_sketch_is_the_formula_on_the_exact_jacobian(
+    subject: Subject, task: moediff.Task, norm: Any, scheduler_name: str
+) -> None:
+    subject = part(subject, 2, double=True)
+    run = Run(sampling=Sampling(scheduler_name, 3))
+    scorer = AblationL1Sketch(norm=norm, projections=3, images=2, batch=4)
+    scores = scorer.score(subject, task, run)
+    exact = jacobian(subject, task, run, images=2)
+    effects = []
+    for image in range(2):
+        draws = torch.stack(
+            [scorer._projection(subject.shape, run, image * 3 + k).flatten() for k in range(3)]
+        )
+        pulled = (draws.double() @ exact[image]).abs()  # (projections, M)
+        middle = pulled.sort(dim=0).values[1]
+        effects.append(middle if norm == "l1" else pulled.square().mean(0).sqrt())
+    pixels = exact.shape[1] if norm == "l1" else exact.shape[1] ** 0.5
+    wanted = by_unit(subject.anatomy, torch.stack(effects).mean(0) / pixels, "sum")
+    torch.testing.assert_close(scores.values, wanted, rtol=1e-8, atol=1e-14)
+
+
+def test_many_projections_find_the_norms_of_the_jacobian(
+    subject: Subject, task: moediff.Task
+) -> None:
+    subject = part(subject, 4, double=True)
+    run = Run(sampling=Sampling(steps=1))
+    exact = jacobian(subject, task, run, images=1)[0]
+    for norm, wanted in (("l1", exact.abs().mean(0)), ("l2", exact.square().mean(0).sqrt())):
+        AblationL1Sketch(norm=norm, projections=2000, images=1, batch=500).score(  # type: ignore[arg-type]
+            subject, task, run
+        )
+        # 1.6 / sqrt(2000) is 4 %; the largest of some tens of channels lies at three times that.
+        torch.testing.assert_close(run.records["free/channels"], wanted, rtol=0.15, atol=0)
+
+
+def test_a_small_change_of_a_mask_moves_the_images_as_the_sketch_says(
+    subject: Subject, task: moediff.Task
+) -> None:
+    subject = part(subject, 2, double=True)
+    run = Run(sampling=Sampling(steps=3))
+    exact = jacobian(subject, task, run, images=1)[0]
+    channels = exact.shape[1]
+    step = 1e-5
+    masks = torch.ones(channels, channels, dtype=torch.float64) - step * torch.eye(channels)
+    with torch.no_grad():
+        moved = images_of(ablated(subject, masks), subject, task, run, [0] * channels)
+        whole = images_of(subject.denoiser, subject, task, run, [0])
+    effect = (moved - whole).abs().flatten(1).sum(1) / step
+    torch.testing.assert_close(effect, exact.abs().sum(0), rtol=1e-3, atol=1e-8)
+
+
+def test_the_sketch_does_not_depend_on_the_batch(subject: Subject, task: moediff.Task) -> None:
+    subject = part(subject, 2, double=True)
+    run = Run(sampling=Sampling(steps=2))
+    small, large = (
+        AblationL1Sketch(images=2, projections=3, batch=batch).score(subject, task, run).values
+        for batch in (1, 64)
+    )
+    torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-15)
+
+
+def test_the_sketch_resumes_where_it_was_killed(
+    subject: Subject, task: moediff.Task, tmp_path: Path
+) -> None:
+    scorer = AblationL1Sketch(images=2, projections=4, batch=2)
+    sampling = Sampling(steps=2)
+    whole = Run(sampling=sampling)
+    wanted = staged(whole, scorer, subject, task)
+    with pytest.raises(KeyboardInterrupt):
+        staged(Interrupted(sampling=sampling, cache=tmp_path), scorer, subject, task)
+    resumed = Run(sampling=sampling, cache=tmp_path)
+    assert torch.equal(staged(resumed, scorer, subject, task).values, wanted.values)
+    # Three batches of 2 rows x 2 steps were not done again.
+    assert resumed.ledger["scores"].samples == whole.ledger["scores"].samples - 3 * 4
+
+
+def test_the_sketch_keeps_no_activations_between_steps(
+    subject: Subject, task: moediff.Task
+) -> None:
+    """What autograd holds when the image is made grows by a few samples a step, not by a pass."""
+
+    def kept(steps: int) -> int:
+        held: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            held.append(tensor.numel())
+            return tensor
+
+        masks = torch.ones(1, sum(channel_counts(subject.anatomy)), requires_grad=True)
+        from moediff_plugins.scorers.ablation_l1_sketch import _thrifty
+
+        call = _thrifty(ablated(subject, masks))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            images_of(call, subject, task, Run(sampling=Sampling(steps=steps)), [0])
+        return sum(held)
+
+    sample = torch.Size(subject.shape).numel()
+    assert kept(8) - kept(4) <= 4 * 8 * sample
+
+
+def test_the_sketch_follows_guidance(scheduler: Any) -> None:
+    task = moediff.Task(
+        torch.zeros(4, 3, 8, 8),
+        {"class_labels": torch.arange(4) % 3},
+        {"class_labels": torch.tensor([3])},
+    )
+    subject = moediff.installed().dissect(tiny_unet("class-conditional"), scheduler)
+    subject = part(subject, 1, double=True)
+    plain, guided = (
+        AblationL1Sketch(images=2, projections=2).score(
+            subject, task, Run(sampling=Sampling(steps=2, guidance=guidance))
+        )
+        for guidance in (1.0, 3.0)
+    )
+    assert not torch.allclose(plain.values, guided.values, rtol=0.05)
+
+
+# Taylor
+
+
+def test_taylor_is_the_mean_absolute_slope_sample_by_sample(
+    subject: Subject, task: moediff.Task
+) -> None:
+    subject = attrs.evolve(subject, denoiser=subject.denoiser.double(), interval=(200, 700))
+    task = attrs.evolve(task, samples=task.samples.double())
+    scores = Taylor(samples=5, batch=3).score(subject, task, Run()).values
+    run, wanted = Run(), torch.zeros(len(subject.anatomy.units), dtype=torch.float64)
+    for start, rows in ((0, 3), (3, 2)):
+        for row in range(rows):
+            masks = torch.ones(len(subject.anatomy.units), dtype=torch.float64, requires_grad=True)
+            with masked(subject.denoiser, subject.anatomy, masks):
+                losses = denoising_losses(subject, task, rows, run.generator(f"batch-{start}"))
+            wanted += torch.autograd.grad(losses[row], masks)[0].abs() / 5
+    torch.testing.assert_close(scores, wanted, rtol=1e-9, atol=1e-15)
+    assert scores.min() > 0
+
+
+def test_taylor_finds_the_unit_that_nobody_reads(subject: Subject, task: moediff.Task) -> None:
+    name, width = next(iter(subject.anatomy.widths.items()))
+    with torch.no_grad():
+        subject.denoiser.get_submodule(width.consumer).weight[:, : width.size] = 0
+    values = Taylor(samples=4).score(subject, task, Run()).values
+    span = subject.anatomy.spans[name]
+    assert values[span.start] == 0
+    assert values[span.start + 1 : span.stop].min() > 0
+
+
+# Gradient
+
+
+def test_gradient_is_that_of_one_large_batch(subject: Subject, task: moediff.Task) -> None:
+    subject.denoiser.double()
+    task = attrs.evolve(task, samples=task.samples.double())
+    scores = Gradient(samples=6, batch=4).score(subject, task, Run()).values
+    run = Run()
+    losses = [
+        denoising_losses(subject, task, rows, run.generator(f"batch-{start}"))
+        for start, rows in ((0, 4), (4, 2))
+    ]
+    torch.cat(losses).mean().backward()
+    wanted = norm_per_weight(subject, lambda weight: weight.grad)  # type: ignore[arg-type, return-value]
+    torch.testing.assert_close(scores, wanted, rtol=1e-9, atol=0)
+
+
+def test_gradient_gives_frozen_weights_nothing(subject: Subject, task: moediff.Task) -> None:
+    name, width = next(iter(subject.anatomy.widths.items()))
+    path = f"{name.rpartition('.')[0]}.conv1"
+    subject.denoiser.get_submodule(path).weight.requires_grad_(False)
+    values = Gradient(samples=4).score(subject, task, Run()).values
+    assert torch.equal(values[subject.anatomy.spans[name]], torch.zeros(width.count).double())
+    assert values.max() > 0
+
+
+@pytest.mark.parametrize("scorer", [Taylor, Gradient])
+def test_losses_are_drawn_from_the_interval(
+    subject: Subject, task: moediff.Task, scorer: Any
+) -> None:
+    seen: list[int] = []
+    handle = subject.denoiser.register_forward_pre_hook(
+        lambda _, args: seen.extend(args[1].tolist())
+    )
+    assert scorer(by_interval=True).needs == {"intervals"}
+    scorer(samples=40).score(attrs.evolve(subject, interval=(300, 400)), task, Run())
+    handle.remove()
+    assert len(seen) == 40
+    assert 300 <= min(seen) < max(seen) < 400
+
+
+def test_losses_are_those_of_training(subject: Subject, task: moediff.Task) -> None:
+    losses = denoising_losses(subject, task, 7, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    batch = task.batch(7, generator)
+    timesteps = subject.timesteps(7, generator)
+    whole = moediff.denoising_loss(subject.denoiser, subject.scheduler, batch, timesteps, generator)
+    assert losses.shape == (7,)
+    assert losses.mean().item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_noise_and_prompts_of_a_row_do_not_depend_on_the_others(
+    subject: Subject, task: moediff.Task
+) -> None:
+    run = Run(sampling=Sampling(steps=2))
+    subject = attrs.evolve(subject, denoiser=subject.denoiser.double())
+    with torch.no_grad():
+        three = images_of(subject.denoiser, subject, task, run, [2, 0, 2])
+        seeds = run.sampling.seeds(3)
+        noise = initial_noise(seeds, subject.shape).double()
+        all_three = generate(
+            subject.denoiser, subject.scheduler, run.sampling, noise, {}, {}, seeds
+        )
+    torch.testing.assert_close(three, all_three[[2, 0, 2]], rtol=1e-9, atol=1e-12)
