@@ -30,10 +30,11 @@ class Distill:
     sampling, so no image starts from a noise that is sampled later. The loss compares the two
     conditional outputs; guidance, which combines two calls, acts on the images alone.
 
-    The tied phase draws timesteps over [0, T). Then the mixture is untied, and step k trains expert
-    k mod N on its interval; modules that all experts share are frozen there. Where no module is
-    divided (one expert) or none is shared, the second phase trains everything. Each phase has its
-    own warm-up and schedule. Records: `loss-tied` and `loss-own`.
+    Both phases draw timesteps over [0, T), and the mixture routes every row of a batch. In the tied
+    phase all rows train the same weights. Then the mixture is untied: a copy has gradients from the
+    rows of its own timesteps alone (Sec. 3.2), and modules that all experts share are frozen. Where
+    no module is divided (one expert) or none is shared, the second phase trains everything. Each
+    phase has its own warm-up and schedule. Records: `loss-tied` and `loss-own`.
 
     Attributes:
         steps: optimiser steps of both phases, summed over the experts.
@@ -63,37 +64,32 @@ class Distill:
         warn_if_idle(self, self.steps, 1)
         mixture.eval()
         tied = round(self.steps * self.tied_share)
-        count = len(mixture.experts)
         rows = self.batch * ((2 if self.mix < 1 else 0) + (1 if self.mix > 0 else 0))
         with preserved(teacher.denoiser):
             data = self._data(task, teacher, run) if self.steps and self.mix < 1 else task
 
-            def descend(expert: int | None, generator: torch.Generator) -> torch.Tensor:
-                loss = self._loss(mixture, expert, data, task, teacher, generator)
+            def descend(step: int, generator: torch.Generator) -> torch.Tensor:
+                loss = self._loss(mixture, data, task, teacher, generator)
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss
 
-            everything = trainable(mixture)
-            train(self, "tied", mixture, everything, lambda _, g: descend(None, g), tied, rows, run)
+            train(self, "tied", mixture, trainable(mixture), descend, tied, rows, run)
             mixture.untie()
-            train(
-                self, "own", mixture, _divided(mixture), lambda step, g: descend(step % count, g),
-                self.steps - tied, rows, run,
-            )  # fmt: skip
+            own = self.steps - tied
+            train(self, "own", mixture, _divided(mixture), descend, own, rows, run)
         return mixture
 
     def _loss(
         self,
         mixture: ExpertMixture,
-        expert: int | None,
         data: Task,
         task: Task,
         teacher: Subject,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """One step's loss () on timesteps of an expert's interval, or on all if it is None."""
+        """One step's loss () on timesteps of all intervals."""
         device = next(mixture.parameters()).device
-        timesteps = mixture.intervals.sample(self.batch, generator, expert).to(device)  # (B,)
+        timesteps = mixture.intervals.sample(self.batch, generator).to(device)  # (B,)
         parts = []
         if self.mix < 1:
             batch = data.batch(self.batch, generator, device)
