@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 import moediff
@@ -55,6 +60,36 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(model=tmp_path / "model", data=tmp_path / "data.npz"))
     return path
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_bit_equal(recipe: Path, tmp_path: Path) -> None:
+    training = '[recover]\nname = "finetune"\nsteps = 40\nbatch = 4\nsave_every = 5\n'
+    recipe.write_text(recipe.read_text() + training)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def command(out: Path, *more: str) -> list[str]:
+        words = ["run", str(recipe), "--out", str(out), "--quiet", *more]
+        return [
+            sys.executable,
+            "-c",
+            "from moediff.cli import main; raise SystemExit(main())",
+            *words,
+        ]
+
+    subprocess.run(command(whole), check=True)
+    with subprocess.Popen(command(killed)) as process:
+        while process.poll() is None and not list(killed.glob("stages/*.checkpoint")):
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL  # else it was over before it could be killed
+    assert not (killed / "mixture").exists()
+
+    subprocess.run(command(killed, "--resume"), check=True)
+    one, other = (moediff.ExpertMixture.from_pretrained(f / "mixture") for f in (whole, killed))
+    assert one.plan == other.plan
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    assert not list(killed.glob("**/*.checkpoint")) + list(killed.glob("**/*.partial"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
