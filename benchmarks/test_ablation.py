@@ -9,36 +9,11 @@ import pytest
 import torch
 
 import moediff
+from benchmarks.one_by_one import one_channel_at_a_time
 from benchmarks.pairs import paired_ratio
 from moediff import Anatomy, Run, Sampling, Subject
-from moediff.masking import masked_channels
-from moediff.sampling import generate, initial_noise
 from moediff_plugins.digits import load_base, load_images
 from moediff_plugins.scorers.ablation_l1 import AblationL1
-
-
-def one_channel_at_a_time(
-    subject: Subject, task: moediff.Task, sampling: Sampling, images: int
-) -> torch.Tensor:
-    """MoEDM Eq. 1 as it is written: one generation of `images` images per channel."""
-    seeds = sampling.seeds(images)
-    dtype = next(subject.denoiser.parameters()).dtype
-    noise = initial_noise(seeds, subject.shape).to(dtype)
-    conditioning, null = task.prompts(images)
-
-    def images_now() -> torch.Tensor:
-        return generate(
-            subject.denoiser, subject.scheduler, sampling, noise, conditioning, null, seeds
-        )
-
-    distances = []
-    with torch.no_grad():
-        intact = images_now()
-        for width in subject.anatomy.widths.values():
-            for mask in 1 - torch.eye(width.count * width.size):
-                with masked_channels(subject.denoiser, width, mask):
-                    distances.append((images_now() - intact).double().abs().mean())
-    return torch.stack(distances)
 
 
 def digits(*, double: bool) -> tuple[Subject, moediff.Task]:
