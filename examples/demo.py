@@ -24,7 +24,8 @@ from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.era import ERA
-from moediff_plugins.metrics.frechet import Frechet, generate_images
+from moediff_plugins.metrics.features import generate_images
+from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.latency import Latency
 from moediff_plugins.report import alignment_plot, plan_plot, sample_grid, write_page
 from moediff_plugins.scorers.ablation_l1 import AblationL1
