@@ -21,8 +21,12 @@ OPTIONS = {
     "ablation-l1": {"images": 1, "batch": 64},
     "alignment": {"stride": 250, "images": 4, "batch": 4},
     "era": {"steps": 1, "batch": 2, "hidden": 8},
+    "learned-expansion": {"live": 0.5, "steps": 1, "batch": 2},
 }
 """Options that make the costly strategies quick; the others run with their defaults."""
+
+BUDGETS = {"learned-expansion": {"of": "stored"}}
+"""What a gate asks of the budget that it spends; the others get one of live cost."""
 
 ROLES = ("scorers", "clusterers", "gates", "pruners", "counters")
 REGISTRY = moediff.installed()
@@ -52,7 +56,7 @@ def recipe_of(row: tuple[str, ...]) -> moediff.Recipe:
     ]
     scorer, clusterer, gate, pruner, counter = made
     sampling = moediff.Sampling("ddim", 2)
-    budget = moediff.Budget(0.75, counter)
+    budget = moediff.Budget(0.75, counter, **BUDGETS.get(row[2], {}))
     return moediff.Recipe(scorer, clusterer, gate, pruner, budget, sampling=sampling)
 
 

@@ -437,6 +437,33 @@ def test_a_good_gate_passes() -> None:
     check_gate(Apart())
 
 
+@attrs.frozen
+class StoredOnly:
+    """Spends no budget of live cost; whether it says so is up to the test."""
+
+    refuses: bool = True
+
+    def allocate(
+        self,
+        experts: Sequence[Subject],
+        spaces: Sequence[SearchSpace],
+        intervals: Intervals,
+        budget: Budget,
+        task: Task,
+        run: Run,
+    ) -> Plan:
+        if self.refuses and budget.of != "stored":
+            raise moediff.errors.OptionError("give a budget of stored cost")
+        return Apart().allocate(experts, spaces, intervals, budget, task, run)
+
+
+def test_a_gate_may_spend_one_kind_of_budget_if_it_refuses_the_other() -> None:
+    check_gate(StoredOnly(), of=("stored",))
+    caught(check_gate, StoredOnly(), "spends a budget. Found: refused: give a budget of stored")
+    with pytest.raises(ConformanceError, match="spends no budget of live cost"):
+        check_gate(StoredOnly(refuses=False), of=("stored",))
+
+
 # Pruners
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from moediff.cost import Budget
-from moediff.errors import BudgetError
+from moediff.errors import BudgetError, OptionError
 from moediff.plan import Plan, Scores, SearchSpace
 from moediff.roles import (
     Clusterer,
@@ -97,16 +97,20 @@ def check_clusterer(strategy: Any) -> None:
             failing(strategy, lambda kind=kind: tiny.tiny_subject(kind), cluster)  # type: ignore[misc]
 
 
-def check_gate(strategy: Any) -> None:
+def check_gate(strategy: Any, of: Sequence[str] = ("live", "stored")) -> None:
     """A plan that fits the budget and the search spaces; a budget under the floor is refused.
+
+    Args:
+        strategy: the gate.
+        of: the kinds of budget that it spends. One that it does not spend is refused.
 
     Raises:
         ConformanceError: a promise is broken.
     """
     check_value(strategy, (Gate,))
     floor = 1e-4  # of a budget that nothing can reach
-    for value, of in ((0.75, "live"), (0.95, "stored"), (floor, "live"), (floor, "stored")):
-        budget = Budget(value, tiny.Elements(), of)  # type: ignore[arg-type]
+    for value, kind in ((0.75, "live"), (0.95, "stored"), (floor, "live"), (floor, "stored")):
+        budget = Budget(value, tiny.Elements(), kind)  # type: ignore[arg-type]
 
         def allocate(subject: Subject, budget: Budget = budget) -> Plan | None:
             task, intervals = tiny.tiny_task(), Intervals(tiny.CUTS)
@@ -116,10 +120,15 @@ def check_gate(strategy: Any) -> None:
             try:
                 with untouched(strategy, subject, data=[task, *(s.scores for s in spaces)]):
                     plan: Plan = strategy.allocate(experts, spaces, intervals, budget, task, run)
+            except OptionError as error:
+                promise(budget.of not in of, strategy, "spends a budget", f"refused: {error}")
+                return None
             except BudgetError as error:
                 promise(budget.value == floor, strategy, "spends a budget", f"refused: {error}")
                 return None
             found = f"a plan for {budget.value}"
+            text = f"spends no budget of {budget.of} cost"
+            promise(budget.of in of, strategy, text, found)
             promise(budget.value > floor, strategy, "refuses a budget under the floor", found)
             _check_plan(strategy, plan, subject, spaces, intervals, budget)
             return plan

@@ -20,6 +20,7 @@ from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.gates.binarise import binarise
+from moediff_plugins.gates.settings import Plain
 from moediff_plugins.tuners.training import train
 
 Noise = Literal["logistic", "gumbel"]
@@ -97,7 +98,7 @@ class ERA:
             return value + penalty.detach().float()  # Eq. 15
 
         with _frozen(experts):
-            settings = _Settings(self.learning_rate, self.weight_decay, self.save_every)
+            settings = Plain(self.learning_rate, self.weight_decay, self.save_every)
             parameters = list(agent.parameters())
             rows = self.batch * len(experts)
             train(settings, "era", agent, parameters, loss, self.steps, rows, run)
@@ -128,19 +129,6 @@ class ERA:
             loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator) / count
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach().cpu()
-
-
-@attrs.frozen
-class _Settings:
-    """How the agent is trained; what the paper does not mention is off."""
-
-    learning_rate: float
-    weight_decay: float
-    save_every: int
-    schedule: str = "constant"
-    warmup: float = 0.0
-    clip: float = float("inf")
-    ema: float = 0.0
 
 
 class _Agent(nn.Module):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-import heapq
-import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
+from attrs.validators import ge, optional
 
-from moediff.cost import Allowance, Budget, Step
+from moediff.cost import Allowance, Budget
 from moediff.errors import OptionError
 from moediff.plan import REST, Blueprint, Plan, SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
+from moediff_plugins.gates.discard import discard, remaining
 
 
 @attrs.frozen
@@ -32,12 +32,14 @@ class OneHot:
             of intervals.
         uneven: patterns of layer names (as in a shell) -> their own k_i, first match wins
             (MoEDM, Appendix D).
+        outer: only this many of the layers that remain get copies, those nearest to the network's
+            input and output, half from each end (Appendix D has 6 of 12); the others have one. The
+            odd one is at the output. Patterns go first. None expands every layer.
     """
 
-    copies: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(attrs.validators.ge(1))
-    )
+    copies: int | None = attrs.field(default=None, validator=optional(ge(1)))
     uneven: Mapping[str, int] = attrs.field(factory=dict, converter=dict, hash=False)
+    outer: int | None = attrs.field(default=None, validator=optional(ge(0)))
 
     def allocate(
         self,
@@ -48,27 +50,40 @@ class OneHot:
         task: Task,
         run: Run,
     ) -> Plan:
-        table = self._table(experts)
-        allowance = Allowance(
-            budget=budget,
-            prices=budget.counter.price(experts[0]),
-            calls=run.sampling.calls(experts[0].scheduler, intervals),
-            copies=lambda part: table.get(part, table[REST]),
-        )
-        allowance.check_floor(spaces)
-        masks = _remove(spaces, allowance)
-        blueprints = [Blueprint.from_mask(experts[0].anatomy, mask) for mask in masks]
-        return Plan(intervals, blueprints, table)
+        anatomy = experts[0].anatomy
+        prices = budget.counter.price(experts[0])
+        calls = run.sampling.calls(experts[0].scheduler, intervals)
+        expanded = self._table(experts, [layer.name for layer in anatomy.layers])
 
-    def _table(self, experts: Sequence[Subject]) -> dict[str, tuple[int, ...]]:
+        def table_of(masks: torch.Tensor) -> dict[str, tuple[int, ...]]:
+            if self.outer is None:  # the same whatever remains
+                return expanded
+            return self._table(experts, remaining(anatomy, masks))
+
+        def bind(masks: torch.Tensor) -> Allowance:
+            table = table_of(masks)
+            return Allowance(budget, prices, calls, lambda part: table.get(part, table[REST]))
+
+        masks = discard(spaces, bind)
+        blueprints = [Blueprint.from_mask(anatomy, mask) for mask in masks]
+        return Plan(intervals, blueprints, table_of(masks))
+
+    def _table(self, experts: Sequence[Subject], left: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Layer name -> N copy numbers, when the layers `left` remain."""
         count = len(experts)
         separate = len({id(expert.denoiser) for expert in experts}) > 1
         if separate:
             return {REST: tuple(range(count))}
         table = {REST: (0,) * count}
+        inner = frozenset[str]()
+        if self.outer is not None:
+            middle = left[self.outer // 2 : max(0, len(left) - (self.outer + 1) // 2)]
+            inner = frozenset({layer.name for layer in experts[0].anatomy.layers} - set(left))
+            inner |= set(middle)
         for layer in experts[0].anatomy.layers:
             matches = [k for glob, k in self.uneven.items() if fnmatch.fnmatch(layer.name, glob)]
-            copies = matches[0] if matches else self.copies or count
+            usual = 1 if layer.name in inner else self.copies or count
+            copies = matches[0] if matches else usual
             if copies < 1 or count % copies:
                 raise OptionError(
                     f"copies: got {copies} for {layer.name}; allowed are the divisors of the "
@@ -76,46 +91,3 @@ class OneHot:
                 )
             table[layer.name] = tuple(i * copies // count for i in range(count))
         return table
-
-
-def _remove(spaces: Sequence[SearchSpace], allowance: Allowance) -> torch.Tensor:
-    """Close steps, the least score per saved cost first, until the budget is met; masks (N, U)."""
-    scores = [space.scores.across(space.anatomy) for space in spaces]
-    chains = [_steps(spaces, index) for index in range(len(spaces[0].chains))]
-    masks = torch.ones(len(spaces), len(scores[0]), dtype=torch.float64)
-
-    def closed(step: Step) -> torch.Tensor:
-        trial = masks.clone()
-        for expert, unit in step.units:
-            trial[expert, unit] = 0
-        return trial
-
-    def rate(step: Step) -> float:
-        saved = float(allowance.cost(masks) - allowance.cost(closed(step)))
-        lost = sum(float(scores[expert][unit]) for expert, unit in step.units)
-        return lost / saved if saved > 0 else float("inf")
-
-    queue = [(rate(chain[0]), index, 0) for index, chain in enumerate(chains) if chain]
-    heapq.heapify(queue)
-    removed: list[Step] = []
-    while not allowance.fits(masks):
-        _, index, position = heapq.heappop(queue)
-        step = chains[index][position]
-        # Rates only rise, because removing elsewhere in a layer makes it cheaper: ask again.
-        current = rate(step)
-        if queue and current > queue[0][0]:
-            heapq.heappush(queue, (current, index, position))
-            continue
-        masks = closed(step)
-        removed.append(step)
-        if position + 1 < len(chains[index]):
-            following = chains[index][position + 1]
-            heapq.heappush(queue, (rate(following), index, position + 1))
-    return allowance.fill(masks, removed[::-1])
-
-
-def _steps(spaces: Sequence[SearchSpace], chain: int) -> list[Step]:
-    """One chain's removals, first to last, each of them in every expert at once."""
-    units = [space.chains[chain].units for space in spaces]
-    columns = [tuple(enumerate(column)) for column in zip(*units, strict=True)]
-    return [Step(now, behind) for now, behind in itertools.pairwise(columns)]
