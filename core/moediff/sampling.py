@@ -53,9 +53,14 @@ class Sampling:
     seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
 
     def prepare(self, base: Any, device: torch.device | str = "cpu") -> Any:
-        """Build this sampling's scheduler from the base model's, with its timesteps set."""
+        """Build this sampling's scheduler from the base model's, with its timesteps set.
+
+        A base with learned variance is sampled with the small fixed one; see `predict`.
+        """
         cls = getattr(diffusers, SCHEDULERS.get(self.scheduler, self.scheduler))
-        scheduler = cls.from_config(base.config)
+        learned = str(base.config.get("variance_type")).startswith("learned")
+        changes = {"variance_type": "fixed_small"} if learned else {}
+        scheduler = cls.from_config({**base.config, **changes})
         total = scheduler.config.num_train_timesteps
         if self.steps > total:
             raise OptionError(
@@ -93,11 +98,21 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
 
 
 def predict(
-    denoiser: Call, sample: torch.Tensor, timestep: Any, conditioning: Conditioning
+    denoiser: Call,
+    sample: torch.Tensor,
+    timestep: Any,
+    conditioning: Conditioning,
+    *,
+    whole: bool = False,
 ) -> torch.Tensor:
-    """Call a denoiser and return its prediction, without a learned variance half."""
+    """Call a denoiser and return its prediction (B, C, H, W).
+
+    A denoiser with learned variance (Nichol and Dhariwal, 2021; Guided Diffusion has it) has twice
+    the channels: the prediction and how the variance interpolates. Sampling and the denoising loss
+    use the first half; `whole` returns both (B, 2C, H, W), which distillation compares.
+    """
     output: torch.Tensor = denoiser(sample, timestep, **conditioning, return_dict=False)[0]
-    return output[:, : sample.shape[1]]
+    return output if whole else output[:, : sample.shape[1]]
 
 
 def generate(

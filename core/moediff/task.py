@@ -35,6 +35,14 @@ class Task:
         conditioning: keyword -> tensor with n rows, for example `class_labels` (n,).
         null: keyword -> one row, the unconditional counterpart for classifier-free guidance.
         drop_conditioning: share of training rows whose conditioning is replaced by `null`.
+        held_out: keyword -> m rows, the prompts that are sampled but not trained on; the keywords
+            are those of `conditioning`, whose own rows are sampled where this is empty.
+        extra: other samples, with the same keywords, that fill a part of every training batch
+            (MoEDM Sec. 3.2, "Distillation": high-quality images of other classes).
+        extra_share: that part, at least 0 and under 1; 3/8 in the paper.
+
+    Raises:
+        OptionError: `extra_share` without `extra`, or the reverse.
     """
 
     samples: torch.Tensor
@@ -43,6 +51,19 @@ class Task:
     drop_conditioning: float = attrs.field(
         default=0.1, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
     )
+    held_out: Conditioning = attrs.field(factory=dict)
+    extra: Task | None = None
+    extra_share: float = attrs.field(
+        default=0.0, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if (self.extra is None) != (self.extra_share == 0):
+            raise OptionError(
+                f"extra_share: got {self.extra_share} "
+                f"{'without' if self.extra is None else 'with'} an `extra` task. Give both, the "
+                "share above 0, or neither."
+            )
 
     @classmethod
     def from_arrays(
@@ -155,7 +176,7 @@ class Task:
         return len(self.samples)
 
     def subset(self, classes: Iterable[int]) -> Task:
-        """The part of this task whose class labels are among `classes`."""
+        """The part of this task whose class labels are among `classes`; `extra` stays whole."""
         wanted = sorted(set(classes))
         if "class_labels" not in self.conditioning:
             raise DataError(
@@ -169,33 +190,56 @@ class Task:
                 "of this task."
             )
         rows = torch.isin(labels, torch.tensor(wanted))
-        chosen = {name: value[rows] for name, value in self.conditioning.items()}
-        return attrs.evolve(self, samples=self.samples[rows], conditioning=chosen)
+        chosen, held_out = _take(self.conditioning, rows), self.held_out
+        if "class_labels" in held_out:  # where no row is left, `check` says so
+            held_out = _take(held_out, torch.isin(held_out["class_labels"], torch.tensor(wanted)))
+        return attrs.evolve(
+            self, samples=self.samples[rows], conditioning=chosen, held_out=held_out
+        )
 
     def batch(
         self, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Batch:
-        """Draw `size` rows with replacement, some with their conditioning dropped."""
-        rows = torch.randint(len(self), (size,), generator=generator)
-        conditioning = {name: value[rows] for name, value in self.conditioning.items()}
+        """Draw `size` rows with replacement, some with their conditioning dropped.
+
+        The last round(size * extra_share) rows are those of `extra`, drawn by its own rules.
+        """
+        others = round(size * self.extra_share)
+        own = size - others
+        rows = torch.randint(len(self), (own,), generator=generator)
+        conditioning = _take(self.conditioning, rows)
         if self.null:
-            dropped = torch.rand(size, generator=generator) < self.drop_conditioning
+            dropped = torch.rand(own, generator=generator) < self.drop_conditioning
             for name, value in self.null.items():
                 shape = (-1, *([1] * (conditioning[name].ndim - 1)))
                 conditioning[name] = torch.where(dropped.view(shape), value, conditioning[name])
-        return Batch(
-            self.samples[rows].to(device), {k: v.to(device) for k, v in conditioning.items()}
-        )
+        clean = self.samples[rows]
+        if self.extra is not None and others:
+            more = self.extra.batch(others, generator)
+            clean = torch.cat([clean, more.clean])
+            conditioning = {
+                name: torch.cat([v, more.conditioning[name]]) for name, v in conditioning.items()
+            }
+        return Batch(clean.to(device), {k: v.to(device) for k, v in conditioning.items()})
 
     def prompts(
-        self, count: int, device: torch.device | str = "cpu"
+        self, count: int, device: torch.device | str = "cpu", *, training: bool = False
     ) -> tuple[Conditioning, Conditioning]:
-        """Conditioning of `count` images to generate, spread evenly over the task; its null."""
-        rows = torch.arange(count) * len(self) // max(count, 1) % len(self)
-        if "class_labels" in self.conditioning:
-            order = torch.argsort(self.conditioning["class_labels"], stable=True)
+        """Conditioning of `count` images to generate, spread evenly over the rows; its null.
+
+        Args:
+            count: how many; rows repeat where there are fewer.
+            device: where to.
+            training: whether the images are to be trained on. Those that are scored or measured
+                are asked for with the `held_out` rows, if there are any.
+        """
+        source = self.conditioning if training or not self.held_out else self.held_out
+        total = len(next(iter(source.values()))) if source else len(self)
+        rows = torch.arange(count) * total // max(count, 1) % total
+        if "class_labels" in source:
+            order = torch.argsort(source["class_labels"], stable=True)
             rows = order[rows]
-        chosen = {name: value[rows].to(device) for name, value in self.conditioning.items()}
+        chosen = {name: value.to(device) for name, value in _take(source, rows).items()}
         null = {
             name: value.expand(count, *value.shape[1:]).to(device)
             for name, value in self.null.items()
@@ -203,7 +247,10 @@ class Task:
         return chosen, null
 
     def check(self, shape: tuple[int, int, int], conditioned: bool) -> None:
-        """Raise `DataError` unless the samples fit a denoiser that takes `shape` (C, H, W)."""
+        """Raise `DataError` unless the samples fit a denoiser that takes `shape` (C, H, W).
+
+        So must those of `extra`, and the keywords of `extra` and `held_out` must be this task's.
+        """
         if tuple(self.samples.shape[1:]) != shape:
             raise DataError(
                 f"images: got samples of shape {tuple(self.samples.shape[1:])}; the denoiser takes "
@@ -215,6 +262,31 @@ class Task:
                 if conditioned
                 else "labels: the denoiser takes no class labels. Leave the labels out."
             )
+        wanted = _shapes(self.conditioning)
+        others = {"held_out": self.held_out} if self.held_out else {}
+        if self.extra is not None:
+            self.extra.check(shape, conditioned)
+            others["extra"] = self.extra.conditioning
+        for part, words in others.items():
+            if _shapes(words) != wanted:
+                raise DataError(
+                    f"{part}: got rows of shape {_shapes(words)}; those of the task have {wanted}. "
+                    "Give it the task's keywords, with rows of the same shape."
+                )
+        counts = {name: len(value) for name, value in self.held_out.items()}
+        if counts and (len(set(counts.values())) > 1 or 0 in counts.values()):
+            raise DataError(
+                f"held_out: got {counts} rows; allowed is one number for all keywords, at least 1. "
+                "Hold out whole prompts."
+            )
+
+
+def _take(words: Conditioning, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: value[rows] for name, value in words.items()}
+
+
+def _shapes(words: Conditioning) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape[1:]) for name, value in words.items()}
 
 
 def corrupt(

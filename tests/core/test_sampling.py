@@ -115,10 +115,25 @@ def test_gradients_flow_through_generation() -> None:
     assert gradient.abs().sum() > 0
 
 
-def test_predict_leaves_a_learned_variance_out() -> None:
+def test_predict_leaves_a_learned_variance_out_unless_asked_for_the_whole() -> None:
     net, sample = tiny_unet(out_channels=6), torch.zeros(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(predict(net, sample, 3, {}), net(sample, 3).sample[:, :3])
+        assert torch.equal(predict(net, sample, 3, {}, whole=True), net(sample, 3).sample)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++", "euler", "heun", "pndm"])
+def test_a_base_with_learned_variance_is_sampled_with_the_fixed_one(name: str) -> None:
+    net, noise = tiny_unet(out_channels=6), initial_noise((0,), (3, 8, 8))
+    images = []
+    for kind in ("fixed_small", "learned_range", "learned"):
+        base = DDPMScheduler(variance_type=kind)
+        with torch.no_grad():
+            images.append(generate(net, base, Sampling(name, steps=4), noise, {}, {}, (0,)))
+        assert base.config.variance_type == kind
+    assert images[0].isfinite().all()
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
 
 
 def test_seeds_and_noise_are_per_image() -> None:

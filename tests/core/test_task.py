@@ -14,6 +14,7 @@ from PIL import Image
 
 from moediff import Task, denoising_loss
 from moediff.errors import DataError, OptionError
+from moediff.storage import fingerprint
 from moediff.task import corrupt
 from tests.conftest import conditioning, tiny_task, tiny_unet
 
@@ -255,3 +256,125 @@ def test_the_loss_is_the_mean_square_and_draws_from_its_generator() -> None:
     assert loss.requires_grad
     assert torch.equal(state, torch.get_rng_state())
     assert set(batch.conditioning) == set(conditioning(net, 1))
+
+
+# --------------------------------------------------------------------- held-out prompts, extra rows
+
+WORDS = torch.arange(12, dtype=torch.float32).view(6, 2, 1)
+TEXT = "encoder_hidden_states"
+
+
+def text_task(**changes: Any) -> Task:
+    return Task(torch.zeros(4, 3, 8, 8), {TEXT: WORDS[:4]}, held_out={TEXT: WORDS[4:]}, **changes)
+
+
+def test_sampling_asks_for_the_held_out_prompts_and_training_for_the_others() -> None:
+    task = text_task(null={TEXT: torch.full((1, 2, 1), -1.0)})
+    chosen, null = task.prompts(4)
+    assert torch.equal(chosen[TEXT], WORDS[[4, 4, 5, 5]])
+    assert torch.equal(null[TEXT], torch.full((4, 2, 1), -1.0))
+    assert torch.equal(task.prompts(4, training=True)[0][TEXT], WORDS[:4])
+    assert torch.equal(task.prompts(8, training=True)[0][TEXT], WORDS[[0, 0, 1, 1, 2, 2, 3, 3]])
+    rows = attrs.evolve(task, null={}).batch(200, torch.Generator().manual_seed(0))
+    assert set(rows.conditioning[TEXT].flatten().tolist()) == set(range(8))
+    assert len(task) == 4
+
+
+def test_held_out_labels_are_sampled_in_order() -> None:
+    task = Task.from_arrays(BYTES, [0, 1, 2, 0, 1, 2])
+    task = attrs.evolve(task, held_out={"class_labels": torch.tensor([2, 1, 1, 2])})
+    assert task.prompts(4)[0]["class_labels"].tolist() == [1, 1, 2, 2]
+    part = task.subset([0, 1])
+    assert part.held_out["class_labels"].tolist() == [1, 1]
+    assert part.prompts(3)[0]["class_labels"].tolist() == [1, 1, 1]
+    with pytest.raises(DataError, match=r"held_out: got \{'class_labels': 0\} rows"):
+        task.subset([0]).check((3, 8, 8), conditioned=True)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        ({"other": WORDS}, r"held_out: got rows of shape \{'other': \(2, 1\)\}; those of the"),
+        ({TEXT: WORDS[:, :1]}, r"\(1, 1\)\}; those of the task have .*\(2, 1\)"),
+        ({TEXT: WORDS[:0]}, "0} rows; allowed is one number for all keywords, at least 1"),
+    ],
+)
+def test_check_names_held_out_rows_that_do_not_fit(
+    held_out: dict[str, torch.Tensor], message: str
+) -> None:
+    text_task().check((3, 8, 8), conditioned=False)
+    with pytest.raises(DataError, match=message):
+        attrs.evolve(text_task(), held_out=held_out).check((3, 8, 8), conditioned=False)
+
+
+def test_held_out_keywords_have_one_number_of_rows() -> None:
+    both = {TEXT: WORDS, "mask": WORDS[:, :, 0]}
+    task = Task(torch.zeros(6, 3, 8, 8), both)
+    uneven = attrs.evolve(task, held_out={TEXT: WORDS[:2], "mask": WORDS[:3, :, 0]})
+    with pytest.raises(DataError, match=r"got \{'encoder_hidden_states': 2, 'mask': 3\} rows"):
+        uneven.check((3, 8, 8), conditioned=False)
+
+
+@pytest.mark.parametrize(("size", "share", "others"), [(8, 3 / 8, 3), (64, 3 / 8, 24), (5, 0.1, 0)])
+def test_extra_rows_fill_their_share_of_every_batch(size: int, share: float, others: int) -> None:
+    extra = Task.from_arrays(BYTES[3:], [7, 8, 9], null_label=5)
+    task = Task.from_arrays(BYTES[:3], [0, 1, 2], null_label=4)
+    mixed = attrs.evolve(task, extra=extra, extra_share=share)
+    found = [mixed.batch(size, torch.Generator().manual_seed(seed)) for seed in (0, 1, 0)]
+    assert torch.equal(found[0].clean, found[2].clean)
+    labels = [batch.conditioning["class_labels"] for batch in found]
+    for batch, words in zip(found, labels, strict=True):
+        assert batch.clean.shape == (size, 3, 8, 8)
+        assert set(words[: size - others].tolist()) <= {0, 1, 2, 4}  # 4 where it was dropped
+        assert set(words[size - others :].tolist()) <= {5, 7, 8, 9}
+        for image, word in zip(batch.clean, words.tolist(), strict=True):
+            if word in (0, 1, 2, 7, 8, 9):
+                assert torch.equal(
+                    image, (*task.samples, *extra.samples)[word % 7 + 3 * (word > 6)]
+                )
+
+
+def test_without_extra_rows_batches_are_as_before() -> None:
+    task = Task.from_arrays(BYTES, [0] * 6, null_label=9)
+    batch = task.batch(50, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(6, (50,), generator=generator)
+    dropped = torch.rand(50, generator=generator) < 0.1
+    assert torch.equal(batch.clean, task.samples[rows])
+    assert torch.equal(batch.conditioning["class_labels"], torch.where(dropped, 9, 0))
+
+
+def test_extra_and_its_share_come_together() -> None:
+    task = tiny_task()
+    with pytest.raises(OptionError, match=r"extra_share: got 0\.5 without an `extra` task"):
+        attrs.evolve(task, extra_share=0.5)
+    with pytest.raises(OptionError, match=r"extra_share: got 0\.0 with an `extra` task"):
+        attrs.evolve(task, extra=task)
+    with pytest.raises(ValueError, match="extra_share"):
+        attrs.evolve(task, extra=task, extra_share=1.0)
+
+
+def test_check_looks_into_the_extra_rows() -> None:
+    task = Task.from_arrays(BYTES)
+    mixed = attrs.evolve(task, extra=Task.from_arrays(BYTES[:2]), extra_share=0.25)
+    mixed.check((3, 8, 8), conditioned=False)
+    small = attrs.evolve(mixed, extra=Task.from_arrays(BYTES[:, :4]))
+    with pytest.raises(DataError, match=r"shape \(3, 4, 8\); the denoiser takes \(3, 8, 8\)"):
+        small.check((3, 8, 8), conditioned=False)
+    worded = attrs.evolve(mixed, extra=Task(mixed.samples, {TEXT: WORDS}))
+    with pytest.raises(DataError, match="extra: got rows of shape"):
+        worded.check((3, 8, 8), conditioned=False)
+
+
+def test_the_fingerprint_tells_tasks_apart() -> None:
+    task = text_task()
+    extra = attrs.evolve(task, held_out={})
+    others = [
+        attrs.evolve(task, held_out={}),
+        attrs.evolve(task, held_out={TEXT: WORDS[5:]}),
+        attrs.evolve(task, extra=extra, extra_share=0.5),
+        attrs.evolve(task, extra=extra, extra_share=0.25),
+        attrs.evolve(task, extra=attrs.evolve(extra, samples=extra.samples + 1), extra_share=0.5),
+    ]
+    assert fingerprint(text_task()) == fingerprint(task)
+    assert len({fingerprint(t) for t in (task, *others)}) == 6

@@ -19,49 +19,28 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import moediff
 from moediff.errors import MoediffError, NoEffectWarning, OptionError
-from moediff.plan import REST, Blueprint, Chain, Plan, Scores, SearchSpace
-from moediff.sampling import generate, initial_noise, predict
+from moediff.plan import Chain, Scores, SearchSpace
+from moediff.sampling import predict
 from moediff.workdir import Run
+from moediff_plugins.tuners.bitfit import BitFit
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic, _depths
 from moediff_plugins.tuners.finetune import Finetune
+from moediff_plugins.tuners.partial import Partial
 from moediff_plugins.tuners.training import share, trainable
 from tests.conftest import tiny_unet
-
-Weights = dict[str, torch.Tensor]
-FAST: dict[str, Any] = {"batch": 8, "learning_rate": 3e-3, "warmup": 0.0}
-TINY: dict[str, Any] = {**FAST, "batch": 2}
+from tests.plugins.tuning import FAST, TINY, Weights, build, colours, equal, weights
 
 
 @pytest.fixture
 def task() -> moediff.Task:
-    """Images of one colour each: something that a tiny denoiser learns in a second."""
-    colours = np.random.default_rng(0).choice([-0.8, 0.8], (32, 1, 1, 3)).astype(np.float32)
-    return moediff.Task.from_arrays(np.broadcast_to(colours, (32, 8, 8, 3)).copy())
+    return colours()
 
 
 @pytest.fixture
 def dropout(scheduler: Any) -> moediff.Subject:
     """A base that draws from the global random state while it is trained."""
     return moediff.installed().dissect(tiny_unet(dropout=0.3), scheduler)
-
-
-def weights(module: nn.Module) -> Weights:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(one: Weights, other: Weights) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def build(subject: moediff.Subject, count: int = 2, **changes: Any) -> moediff.ExpertMixture:
-    """N experts without their middle layers; layers have copies, and what is outside is shared."""
-    intervals = moediff.Intervals.uniform(1000, count)
-    names = [layer.name for layer in subject.anatomy.layers]
-    copies = {REST: (0,) * count, **{name: tuple(range(count)) for name in names}, **changes}
-    blueprint = Blueprint(drop=("mid_block.resnets.0", "mid_block.resnets.1"))
-    plan = Plan(intervals, [blueprint] * count, copies)
-    return moediff.ExpertMixture.from_experts(subject.split(intervals), plan)
 
 
 def space(expert: moediff.Subject) -> SearchSpace:
@@ -407,55 +386,6 @@ def test_masks_still_hold_under_gradient_checkpointing(
     assert equal(*results)
 
 
-# ----------------------------------------------------------------------------------------- teacher
-
-
-def test_the_teacher_s_images_are_the_recipe_s_sampling_with_seeds_of_their_own(
-    subject: moediff.Subject, task: moediff.Task
-):
-    sampling = moediff.Sampling(steps=2, seed=3)
-    run = Run(sampling=sampling)
-    data = Distill(images=5, batch=2)._data(task, subject, run)
-    seeds = [sampling.seeds(1)[0] + 2**31 + k for k in range(5)]
-    with torch.no_grad():
-        expected = generate(
-            subject.denoiser,
-            subject.scheduler,
-            sampling,
-            initial_noise(seeds, (3, 8, 8)),
-            {},
-            {},
-            seeds,
-        )
-    assert torch.allclose(data.samples, expected, atol=1e-5)
-    assert run._stages[0].spent.samples == 5 * 2
-    # A CPU generator reads the low 32 bits, so being different integers is not enough.
-    noise = initial_noise(seeds, (3, 8, 8))
-    sampled = initial_noise(sampling.seeds(1000), (3, 8, 8))
-    assert torch.cdist(noise.flatten(1), sampled.flatten(1)).min() > 1
-
-
-def test_a_guided_teacher_keeps_the_labels(scheduler: Any):
-    base = moediff.installed().dissect(tiny_unet("class-conditional"), scheduler)
-    images = np.zeros((6, 8, 8, 3), np.float32)
-    task = moediff.Task.from_arrays(images, [0, 1, 2, 0, 1, 2], null_label=3)
-    run = Run(sampling=moediff.Sampling(steps=2, guidance=2.0))
-    data = Distill(images=6, batch=4)._data(task, base, run)
-    assert data.conditioning["class_labels"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert data.null is task.null
-    assert run._stages[0].spent.samples == 6 * 2 * 2
-    mixture = build(base)
-    Distill(steps=2, images=6, **TINY).recover(mixture, task, base, run)
-    assert run.records["free/loss-own"].shape == (1,)
-
-
-def test_images_that_are_not_finite_are_refused(subject: moediff.Subject, task: moediff.Task):
-    nn.init.constant_(subject.denoiser.conv_out.bias, math.inf)
-    run = Run(sampling=moediff.Sampling(steps=2))
-    with pytest.raises(MoediffError, match=r"images 0 to 1 came out NaN.*images=0"):
-        Distill(images=3, batch=2).recover(build(subject), task, subject, run)
-
-
 # ------------------------------------------------------------------------ resuming, reproducibility
 
 Job = Callable[[moediff.Subject, moediff.Task, Run], tuple[nn.Module, ...]]
@@ -477,6 +407,8 @@ JOBS: dict[str, Job] = {
     "distill": _job(Distill(steps=10, images=4, mix=0.3, **EVERY)),
     "elastic": _job(Elastic(depth_steps=10, width_steps=10, **EVERY)),
     "finetune": _job(Finetune(steps=10, **EVERY)),
+    "bitfit": _job(BitFit(steps=10, **EVERY)),
+    "partial": _job(Partial(steps=10, **EVERY)),
 }
 
 
@@ -533,34 +465,6 @@ def test_a_killed_run_ends_bit_equal(
         assert (spent.samples, spent.steps) == (wanted.samples, wanted.steps)
         assert not list((tmp_path / f"killed-{share_done}").glob("*.checkpoint"))
     handle.remove()
-
-
-def test_images_are_made_and_phases_finished_once(
-    subject: moediff.Subject, task: moediff.Task, tmp_path: Path
-):
-    calls, limit = [0], [3]
-    tuner = Distill(steps=3, images=4, **TINY)
-
-    def job(subject: moediff.Subject, task: moediff.Task, run: Run) -> tuple[nn.Module, ...]:
-        return (tuner.recover(build(subject, 1), task, subject, run),)
-
-    def count(*_: Any) -> None:
-        calls[0] += 1
-        if calls[0] > limit[0]:
-            raise KeyboardInterrupt
-
-    subject.denoiser.conv_out.register_forward_hook(count)
-    for folder, last, expected in [("a", 3, 4), ("a", 7, 8), ("a", 99, 2), ("b", 99, 10)]:
-        # 2 batches of 2 calls make the images; 3 steps ask teacher and mixture once each. The
-        # second kill comes after the tied phase (2 steps), so only the last step is left.
-        calls[0], limit[0] = 0, last
-        run = Run(cache=tmp_path / folder, sampling=moediff.Sampling(steps=2))
-        if last < 99:
-            with pytest.raises(KeyboardInterrupt):
-                _stage(job, subject, task, run)
-        else:
-            _stage(job, subject, task, run)
-        assert calls[0] == expected
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
@@ -662,7 +566,9 @@ def test_no_steps_no_effect(name: str, subject: moediff.Subject, task: moediff.T
     run = Run()
     with pytest.warns(NoEffectWarning, match="nothing was trained"):
         modules = _job(tuner)(subject, task, run)
-    assert run._stages[0].spent.samples == run._stages[0].spent.steps == 0
+    spent = run._stages[0].spent
+    looked = 1 if name == "partial" else 0  # at the order of the layers
+    assert (spent.samples, spent.steps) == (looked, 0)
     untrained = (
         build(subject).untie() if name != "elastic" else subject.denoiser,
         *modules[1:],
@@ -677,7 +583,8 @@ def test_steps_and_samples_are_accounted(subject: moediff.Subject, task: moediff
     assert (spent.steps, spent.samples) == (3, 6)
     Distill(steps=4, images=5, mix=0.5, **TINY).recover(build(subject), task, subject, run)
     # 5 images of 3 calls; then mixture and teacher on one batch, and the mixture on a real one.
-    assert (spent.steps, spent.samples) == (3 + 4, 6 + 5 * 3 + 4 * 3 * 2)
+    assert run.ledger["teacher-images"].samples == 5 * 3
+    assert (spent.steps, spent.samples) == (3 + 4, 6 + 4 * 3 * 2)
 
 
 @pytest.mark.parametrize(("steps", "count"), [(0, 3), (2, 3), (7, 3), (9, 3), (5, 1)])
@@ -705,14 +612,63 @@ def test_a_base_that_is_frozen_whole_is_refused(subject: moediff.Subject, task: 
         *((tuner, "ema", 1.0) for tuner in sorted(JOBS)),
         *((tuner, "warmup", 1.0) for tuner in sorted(JOBS)),
         *((tuner, "clip", 0.0) for tuner in sorted(JOBS)),
+        *((tuner, "precision", "half") for tuner in sorted(JOBS)),
         ("distill", "tied_share", 1.1),
         ("distill", "mix", -0.1),
         ("distill", "images", -1),
+        ("distill", "sampling", "ddim"),
         ("elastic", "p", 1.5),
         ("elastic", "width_steps", -1),
         ("finetune", "steps", -1),
+        ("partial", "share", 0.0),
+        ("partial", "share", 1.1),
     ],
 )
 def test_options_outside_their_range_are_refused(name: str, option: str, value: Any):
     with pytest.raises(OptionError, match=option):
         moediff.installed().create("tuners", name, {option: value})
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_bf16_is_for_the_losses_alone(name: str, subject: moediff.Subject, task: moediff.Task):
+    """Weights stay float32, and so does all that is no training: the teacher's images."""
+    count = {"steps": 3} if name != "elastic" else {"depth_steps": 2, "width_steps": 2}
+    kinds: list[tuple[torch.dtype, bool]] = []
+
+    def spy(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        kinds.append((output.dtype, torch.is_grad_enabled() or module.training))
+
+    # Copies carry the hook along. The full model teaches without gradients.
+    subject.denoiser.conv_in.register_forward_hook(spy)
+    results, types = [], []
+    for precision in ("full", "bf16"):
+        fields = {**count, **TINY, "ema": 0.0, "precision": precision}
+        if name == "distill":
+            fields |= {"images": 2}
+        tuner = moediff.installed().create("tuners", name, fields)
+        kinds.clear()
+        run = Run(sampling=moediff.Sampling(steps=2))
+        modules = _job(tuner)(subject, task, run)
+        results.append([weights(module) for module in modules])
+        types.append(list(kinds))
+        assert all(loss.isfinite().all() for loss in run.records.values())
+    assert {kind for kind, _ in types[0]} == {torch.float32}
+    assert {kind for kind, learns in types[1] if learns} == {torch.bfloat16}
+    others = [kind for kind, learns in types[1] if not learns]
+    generated = 2 if name == "distill" else 1 if name == "partial" else 0
+    assert others[:generated] == [torch.float32] * generated
+    assert set(others[generated:]) <= {torch.bfloat16}  # the full model's answers
+    assert (len(others) > generated) == (name == "distill")
+    for one, other in zip(*results, strict=True):
+        assert {value.dtype for value in other.values()} == {torch.float32}
+        assert not equal(one, other)
+
+
+def test_bf16_learns(subject: moediff.Subject, task: moediff.Task):
+    mixture = build(subject)
+    before = loss_of(mixture, subject.scheduler, task)
+    Finetune(steps=60, precision="bf16", **FAST).recover(mixture, task, subject, Run())
+    assert loss_of(mixture, subject.scheduler, task) < 0.7 * before

@@ -17,7 +17,15 @@ from moediff.subject import Subject
 from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
-from moediff_plugins.tuners.training import SCHEDULES, share, train, trainable, warn_if_idle
+from moediff_plugins.tuners.training import (
+    PRECISIONS,
+    SCHEDULES,
+    autocast,
+    share,
+    train,
+    trainable,
+    warn_if_idle,
+)
 
 Draw = Callable[[torch.Generator], torch.Tensor]
 """A random mask (U,) of zeros and ones."""
@@ -55,6 +63,7 @@ class Elastic:
     clip: float = attrs.field(default=1.0, validator=gt(0))
     ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
     save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def prepare(
         self, experts: Sequence[Subject], rank: Rank, intervals: Intervals, task: Task, run: Run
@@ -84,7 +93,8 @@ class Elastic:
             batch = task.batch(self.batch, generator, expert.device)
             timesteps = expert.timesteps(self.batch, generator)  # (B,)
             with masked(expert.denoiser, expert.anatomy, draw(generator)) as denoiser:
-                loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator)
+                with autocast(self.precision, expert.device):
+                    loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator)
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import attrs
-import torch
 from attrs.validators import ge, gt, in_, lt
 
 from moediff.mixture import ExpertMixture
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.workdir import Run
-from moediff_plugins.tuners.training import SCHEDULES, train, trainable, warn_if_idle
+from moediff_plugins.tuners.training import PRECISIONS, SCHEDULES, trainable
+from moediff_plugins.tuners.turns import train_in_turns
 
 
 @attrs.frozen
 class Finetune:
-    """Untie the mixture and train the experts in turns with the denoising loss.
+    """Untie the mixture and train it with the denoising loss, the experts in turns.
 
-    Step k trains expert k mod N on timesteps of its interval, with one optimiser over all distinct
-    parameters. So what the experts share learns from every interval, and a copy from its own
-    timesteps alone: where a step does not reach, AdamW skips. Moving average and learning rate run
-    over all steps. The record `loss-finetune` is (steps,).
+    What the experts share learns from every interval, and a copy from its own timesteps alone.
+    Records: see `turns.train_in_turns`.
 
     Attributes:
         steps: optimiser steps, summed over the experts.
@@ -37,26 +35,11 @@ class Finetune:
     clip: float = attrs.field(default=1.0, validator=gt(0))
     ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
     save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def recover(
         self, mixture: ExpertMixture, task: Task, teacher: Subject, run: Run
     ) -> ExpertMixture:
-        count = len(mixture.experts)
-        warn_if_idle(self, self.steps, count)
         mixture.untie()
-        mixture.eval()
-        parameters = trainable(mixture)
-        device = parameters[0].device
-
-        def descend(step: int, generator: torch.Generator) -> torch.Tensor:
-            expert = step % count
-            batch = task.batch(self.batch, generator, device)
-            timesteps = mixture.intervals.sample(self.batch, generator, expert).to(device)  # (B,)
-            loss = denoising_loss(
-                mixture.experts[expert], teacher.scheduler, batch, timesteps, generator
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        train(self, "finetune", mixture, parameters, descend, self.steps, self.batch, run)
+        train_in_turns(self, "finetune", mixture, trainable(mixture), task, teacher, run)
         return mixture

@@ -20,6 +20,9 @@ from moediff.workdir import Run
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 """Learning-rate schedules, by diffusers' names."""
 
+PRECISIONS = ("full", "bf16")
+"""What `autocast` computes a loss in: the weights' own type, or bfloat16 where that is safe."""
+
 Descend = Callable[[int, torch.Generator], torch.Tensor]
 """Adds the gradient of a step's loss to `.grad` and returns the loss (). All randomness comes from
 the generator. It calls `backward` itself, because under gradient checkpointing that runs parts of
@@ -27,7 +30,7 @@ the forward again, and what held for them (masks) must still hold."""
 
 
 class Settings(Protocol):
-    """The fields that `train` reads from a tuner.
+    """The fields that `train` reads from a tuner; the tuners' `precision` is for `autocast`.
 
     Attributes:
         learning_rate: AdamW's, at its peak (Loshchilov and Hutter, 2019).
@@ -129,6 +132,24 @@ def train(
             average.copy_to(parameters)
         checkpoint.save(*_pack(losses, parameters))
     run.record(f"loss-{name}", torch.tensor(losses))
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for the forward pass of a loss; weights and optimiser stay as they are.
+
+    With "bf16", convolutions and matrix products run in bfloat16 and losses in float32. It has
+    float32's range, so no gradient scaling is needed.
+
+    Raises:
+        OptionError: the device cannot compute in bfloat16.
+    """
+    wanted = precision == "bf16"
+    if wanted and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise OptionError(
+            f"precision: got {precision!r}, which {torch.cuda.get_device_name(device)} does not "
+            'have. Use "full".'
+        )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
