@@ -13,16 +13,21 @@ from moediff.testing import CHECKS, check_strategy
 QUICK: dict[tuple[str, str], dict[str, Any]] = {
     ("clusterers", "alignment"): {"stride": 25, "images": 4, "batch": 4},
     ("gates", "era"): {"steps": 2, "batch": 2, "hidden": 16},
+    ("gates", "learned-expansion"): {"steps": 4, "batch": 2},
     ("metrics", "frechet"): {"samples": 4},
+    ("metrics", "kernel"): {"samples": 4, "subsets": 4},
     ("metrics", "latency"): {"pairs": 3},
     ("scorers", "ablation-l1"): {"images": 1},
+    ("tuners", "bitfit"): {"steps": 4, "batch": 4},
     ("tuners", "distill"): {"steps": 4, "images": 4, "batch": 4},
     ("tuners", "elastic"): {"depth_steps": 2, "width_steps": 2, "batch": 4},
     ("tuners", "finetune"): {"steps": 4, "batch": 4},
+    ("tuners", "partial"): {"steps": 4, "batch": 4},
 }
 """Options that make the costly strategies quick; the others are checked with their defaults."""
 
 EXCEPTIONS: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
+    ("gates", "learned-expansion"): ({"of": ("stored",)}, "copies do not change the live cost"),
     ("metrics", "latency"): ({"repeatable": False}, "no two timings are equal"),
 }
 """Promises that a strategy cannot keep: the option that excuses it from one, and the reason."""

@@ -13,9 +13,12 @@ from moediff_plugins.counters.fvcore import FVCore
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.era import ERA
+from moediff_plugins.gates.learned_expansion import LearnedExpansion
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.metrics.frechet import Frechet
+from moediff_plugins.metrics.kernel import Kernel
 from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.metrics.memory import Memory
 from moediff_plugins.pruners.mid_layer import MidLayer
 from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.recipes import RECIPES
@@ -25,9 +28,11 @@ from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
 from moediff_plugins.scorers.taylor import Taylor
+from moediff_plugins.tuners.bitfit import BitFit
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic
 from moediff_plugins.tuners.finetune import Finetune
+from moediff_plugins.tuners.partial import Partial
 
 
 @hookimpl
@@ -52,7 +57,7 @@ def clusterers() -> Mapping[str, type]:
 @hookimpl
 def gates() -> Mapping[str, type]:
     """How the budget is spent."""
-    return {"era": ERA, "one-hot": OneHot}
+    return {"era": ERA, "learned-expansion": LearnedExpansion, "one-hot": OneHot}
 
 
 @hookimpl
@@ -70,13 +75,19 @@ def counters() -> Mapping[str, type]:
 @hookimpl
 def tuners() -> Mapping[str, type]:
     """Training before and after the pruning."""
-    return {"distill": Distill, "elastic": Elastic, "finetune": Finetune}
+    return {
+        "bitfit": BitFit,
+        "distill": Distill,
+        "elastic": Elastic,
+        "finetune": Finetune,
+        "partial": Partial,
+    }
 
 
 @hookimpl
 def metrics() -> Mapping[str, type]:
     """How good and how fast the result is."""
-    return {"frechet": Frechet, "latency": Latency}
+    return {"frechet": Frechet, "kernel": Kernel, "latency": Latency, "memory": Memory}
 
 
 @hookimpl
