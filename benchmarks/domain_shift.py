@@ -1,0 +1,80 @@
+"""MoEDM's Table 1: a base of one set of images, tuned to another one.
+
+The base model knows CIFAR-10; the task are photographs of cats and dogs (`pets32.npz`). Training
+uses the task's own images, since a base that does not know them cannot make them.
+
+    python -m benchmarks.domain_shift --on cifar --data FOLDER
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+
+import moediff
+from benchmarks import cifar
+from benchmarks.recipes import base_rows, moedm
+from benchmarks.settings import Setting, load, parse_args
+from benchmarks.tables import (
+    Row,
+    collect,
+    describe,
+    measure,
+    summarise,
+    train,
+    trained,
+    write_table,
+)
+from moediff_plugins.tuners.bitfit import BitFit
+from moediff_plugins.tuners.partial import Partial
+
+MOEDM = "MoEDM"
+
+
+def from_scratch(on: Setting) -> Row:
+    """MoEDM's architecture, with the weights that training any such model begins from."""
+
+    def row(seed: int) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = type(on.subject.denoiser).from_config(on.subject.denoiser.config)
+        plan = train(moedm(on, real=True), on, MOEDM, seed).plan
+        subject = moediff.installed().dissect(fresh.to(on.subject.device), on.subject.scheduler)
+        other = attrs.evolve(on, subject=subject)
+        made = train(moedm(on, real=True), other, "from scratch", seed, {"plan": plan})
+        return measure(made, on, seed)
+
+    return row
+
+
+def rows(on: Setting) -> dict[str, Row]:
+    """The rows of Table 1."""
+    recipe = moedm(on, real=True)
+    whole = {"plan": on.whole}
+    size = {"steps": on.steps, "batch": on.batch}
+    bitfit = attrs.evolve(recipe, experts=1, recover=BitFit(learning_rate=10 * on.rate, **size))
+    partial = attrs.evolve(recipe, experts=1, recover=Partial(learning_rate=on.rate, **size))
+    single = attrs.evolve(recipe, experts=1)
+    return {
+        **base_rows(on),
+        "BitFit": trained(bitfit, on, "BitFit", whole),
+        "partial, 29 %": trained(partial, on, "partial", whole),
+        "MoEDM from scratch": from_scratch(on),
+        "MoEDM without dynamic": trained(single, on, "without dynamic"),
+        MOEDM: trained(recipe, on, MOEDM),
+    }
+
+
+def main() -> None:
+    """Make the table."""
+    options = parse_args(__doc__.splitlines()[0], bases=("cifar",))
+    on = load(options, "domain_shift")
+    task, reference = (cifar.load_pets(options.data, split) for split in ("train", "test"))
+    on = attrs.evolve(on, task=task, reference=reference)
+    lines = summarise(collect(rows(on), on), MOEDM)
+    about = "A base trained on CIFAR-10 is tuned to pets32, on its images. " + describe(on)
+    write_table("domain_shift", "Domain shift (MoEDM Table 1)", about, lines, on)
+
+
+if __name__ == "__main__":
+    main()

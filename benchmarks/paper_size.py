@@ -1,0 +1,132 @@
+"""Time and memory of one denoiser call at the papers' sizes (MoEDM Tables 1 to 3 and 6).
+
+The weights are random, because neither figure depends on them. A mixture with 2x expansion that
+discards the paper's share of the parameters is timed beside the full model, at batch 4, in pairs.
+
+    python -m benchmarks.paper_size
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+import moediff
+from benchmarks.tables import write_markdown
+from moediff import Budget, Run, Sampling, Subject, Task
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.counters.params import Params
+from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.metrics.memory import Memory
+from moediff_plugins.scorers.random import Random
+
+LDM: dict[str, Any] = {
+    "norm_num_groups": 32,
+    "layers_per_block": 2,
+    "attention_head_dim": 32,
+    "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+}
+GUIDED: dict[str, Any] = LDM | {
+    "layers_per_block": 3,
+    "attention_head_dim": 64,
+    "num_class_embeds": 1000,
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+
+
+@attrs.frozen
+class Case:
+    """A model of the paper: its configuration, the discard ratio, and what the paper measured."""
+
+    name: str
+    config: dict[str, Any]
+    discard: float
+    time: str
+    memory: str
+
+
+CASES = (
+    Case(
+        "Guided Diffusion 64",
+        GUIDED | {"sample_size": 64, "out_channels": 6, "block_out_channels": (192, 384, 576, 768)},
+        0.71,
+        "32.1 / 70.2 ms = 0.46",
+        "3689 / 3965 M = 0.93",
+    ),
+    Case(
+        "LDM, 64x64x3 latents",
+        LDM | {"sample_size": 64, "block_out_channels": (224, 448, 672, 896)},
+        0.77,
+        "35.11 / 68.82 ms = 0.51",
+        "4094 / 5603 M = 0.73",
+    ),
+)
+"""The paper's LDM is conditional (cin256-v2); this is the unconditional one of the same kind."""
+
+
+def build(case: Case, device: str) -> tuple[Subject, Task]:
+    """The full model with random weights, and a task of its shape."""
+    with torch.device(device):
+        model = UNet2DModel(**case.config).eval()
+    subject = moediff.installed().dissect(model, DDPMScheduler())
+    labels = case.config.get("num_class_embeds") and {"class_labels": torch.zeros(4).long()}
+    return subject, Task(torch.zeros(4, *subject.shape), labels or {})
+
+
+def row(case: Case, options: argparse.Namespace) -> dict[str, str]:
+    """Discard, expand, and measure beside the full model."""
+    subject, task = build(case, options.device)
+    budget = Budget(1 - case.discard, Params())
+    recipe = moediff.load_recipe("moedm", scorer=Random(), recover=None, budget=budget)
+    mixture = moediff.build_experts(subject.denoiser, subject.scheduler, task, recipe)
+    sampling = Sampling("ddim", 1)  # one call a pair; all calls of an expert cost the same
+    run = Run(sampling=sampling, device=subject.device, verbose=True)
+    time = Latency(batch=4, pairs=options.pairs).measure(mixture, subject, task, run)
+    memory = Memory(batch=4).measure(mixture, subject, task, run)
+    ours, base = (value / 2**20 for value in run.records["free/memory"].tolist())
+    params, macs = Params().price(subject), MACs().price(subject)
+    live = mixture.plan.cost(params, sampling)
+    return {
+        "model": f"{case.name}, {params.full / 1e6:.2f} M parameters",
+        "live": f"{live['live'] / params.full:.2f}",
+        "stored": f"{live['stored'] / params.full:.2f}",
+        "MACs": f"{mixture.plan.cost(macs, sampling)['live'] / macs.full:.2f}",
+        "time": f"{time.value:.3f} ± {(time.spread or 0) / 2:.3f}",
+        "paper's time": case.time,
+        "peak memory": f"{ours:.0f} / {base:.0f} M = {memory.value:.2f}",
+        "paper's memory": case.memory,
+    }
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of calls per model")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    about = (
+        "Models with random weights, of which `mid-layer` discards the paper's share of the "
+        "parameters, with 2x expansion. Live and stored are shares of the full model's parameters, "
+        "MACs and time those of one call at batch 4; the time is the median ratio of "
+        f"{options.pairs} pairs, with half the interquartile range. Peak memory is that of all "
+        "weights and one call, in float32. The paper's figures are from one A100."
+    )
+    lines = [row(case, options) for case in CASES]
+    made_by = "python -m benchmarks.paper_size"
+    made_by += f" --device {options.device}" if options.device != "cpu" else ""
+    title = "One call at the paper's sizes (MoEDM Tables 1, 2 and 6)"
+    path = options.results / f"paper_size-{options.device}.md"
+    write_markdown(path, title, about, lines, made_by, torch.device(options.device))
+
+
+if __name__ == "__main__":
+    main()

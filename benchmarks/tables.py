@@ -1,0 +1,240 @@
+"""Tables of trained models: train every row for every seed, measure it, write what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+import diffusers
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import moediff
+from benchmarks.settings import Setting
+from moediff import Plan, Recipe, Run
+from moediff.roles import Metric
+from moediff.storage import write_atomic, write_json
+from moediff_plugins.counters.params import Params
+from moediff_plugins.metrics.frechet import Frechet
+from moediff_plugins.metrics.kernel import Kernel
+from moediff_plugins.metrics.latency import Latency
+
+
+@attrs.frozen(eq=False)
+class Trained:
+    """A model with its plan and what training it took."""
+
+    model: Any
+    plan: Plan
+    steps: int = 0
+    seconds: float = 0.0
+
+
+Row = Callable[[int], Mapping[str, float]]
+"""Makes one row's figures for a seed, for example by training a model and measuring it."""
+
+Figures = Mapping[str, Sequence[Mapping[str, float]]]
+"""A table's figures: for every row one mapping per seed."""
+
+
+def train(
+    recipe: Recipe, on: Setting, name: str, seed: int, given: Mapping[str, Any] | None = None
+) -> Trained:
+    """Build a recipe's mixture for one seed; stages that other rows share are computed once."""
+    folder = on.folder / slug(name, seed)
+    mixture = moediff.build_experts(
+        on.subject.denoiser,
+        on.subject.scheduler,
+        on.task,
+        attrs.evolve(recipe, seed=seed),
+        folder,
+        given,
+        cache=on.folder / "stages",
+        verbose=True,
+    )
+    ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+    return Trained(
+        mixture,
+        mixture.plan,
+        int(sum(spent["steps"] for spent in ledger.values())),
+        sum(spent["seconds"] for spent in ledger.values()),
+    )
+
+
+def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
+    """The row of a recipe: train it, measure it."""
+    return lambda seed: measure(train(recipe, on, name, seed, given), on, seed)
+
+
+def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
+    """The figures of one model; all rows of a seed generate from the same noise."""
+    price = Params().price(on.subject)
+    held = row.plan.cost(price, on.sampling)
+    figures = {
+        "trained": changed(row.model, on) / price.full,
+        "live": held["live"] / price.full,
+        "stored": held["stored"] / price.full,
+        "steps": float(row.steps),
+        "seconds": row.seconds,
+    }
+    run = metric_run(on, seed)
+    latency = Latency(batch=4, pairs=3 if on.options.quick else 15)
+    for metric in (*image_metrics(on), latency):
+        figure = metric.measure(row.model, on.subject, on.reference, run)
+        figures[figure.name] = figure.value
+    return figures
+
+
+def changed(model: nn.Module, on: Setting) -> int:
+    """How many of a model's stored parameters are not the base model's, for a live path or not."""
+    base = {id(p) for p in on.subject.denoiser.parameters()}
+    known = dict(on.subject.denoiser.named_parameters())
+    total = 0
+    for name, parameter in model.named_parameters():
+        own = known.get(name.split(".", 2)[2] if name.startswith("experts.") else name)
+        same = own is not None and own.shape == parameter.shape and torch.equal(own, parameter)
+        total += 0 if id(parameter) in base or same else parameter.numel()
+    return total
+
+
+def metric_run(on: Setting, seed: int) -> Run:
+    """The run in which a seed's models are measured, from the same noise; it keeps features."""
+    return Run(
+        sampling=attrs.evolve(on.sampling, seed=seed),
+        seed=seed,
+        device=on.subject.device,
+        cache=on.folder / "features",
+        verbose=True,
+    )
+
+
+def image_metrics(on: Setting) -> tuple[Metric, ...]:
+    """The two distances of generated images to real ones."""
+    data = None if on.options.data is None else str(on.options.data)
+    return (
+        Frechet(on.extractor, on.samples, data=data),
+        Kernel(on.extractor, on.samples, data=data),
+    )
+
+
+def collect(rows: Mapping[str, Row], on: Setting) -> Figures:
+    """Make every row for every seed; what is on disk is not made again."""
+    figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in rows}
+    for seed in on.seeds:
+        for name, make in rows.items():
+            path = on.folder / f"{slug(name, seed)}.json"
+            if not path.exists():
+                print(f"- {name}, seed {seed}", flush=True)
+                write_json(path, dict(make(seed)))
+            figures[name].append(json.loads(path.read_text(encoding="utf-8")))
+    return figures
+
+
+def distances(figures: Figures) -> list[str]:
+    """The names of the figures that are distances between sets of images."""
+    first = next(iter(figures.values()))[0]
+    return [key for key in first if key.split("[")[0] in ("FD", "KD", "FID", "KID")]
+
+
+def summarise(figures: Figures, against: str) -> list[dict[str, str]]:
+    """A line per row: means over seeds, and the paired differences from the row `against`."""
+    lines = []
+    for name, found in figures.items():
+        line = {"model": name}
+        line |= {
+            key: f"{statistics.median(one[key] for one in found):.3g}"
+            for key in found[0]
+            if key not in distances(figures)
+        }
+        for key in distances(figures):
+            line[key] = f"{statistics.mean(one[key] for one in found):.3g}"
+            gaps = [
+                one[key] - other[key] for one, other in zip(found, figures[against], strict=True)
+            ]
+            line[f"{key} less {against}"] = "" if name == against else spread(gaps)
+        lines.append(line)
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of some differences, and their standard deviation if there are several."""
+    mean = f"{statistics.mean(values):+.2g}"
+    return f"{mean} ± {statistics.stdev(values):.1g}" if len(values) > 1 else mean
+
+
+def write_table(
+    name: str, title: str, about: str, lines: Sequence[Mapping[str, str]], on: Setting
+) -> None:
+    """Write the table of an experiment."""
+    path = on.options.results / f"{name}-{on.name}.md"
+    write_markdown(path, title, about, lines, command(name, on), on.subject.device)
+
+
+def write_markdown(
+    path: Path,
+    title: str,
+    about: str,
+    lines: Sequence[Mapping[str, str]],
+    made_by: str,
+    device: torch.device,
+) -> None:
+    """Write and print a table, with the command and the machine that made it."""
+    columns = list(lines[0])
+    rows = [columns, ["---"] * len(columns), *([line[key] for key in columns] for line in lines)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    made = f"Command: `{made_by}`\n\nMade with {machine(device)}."
+    text = f"# {title}\n\n{about}\n\n{table}\n\n{made}\n"
+    write_atomic(path, lambda target: target.write_text(text, encoding="utf-8"))
+    print(text)
+
+
+def write_plot(name: str, figure: Figure, on: Setting) -> None:
+    """Write a plot beside its table."""
+    path = on.options.results / f"{name}-{on.name}.png"
+    write_atomic(path, lambda target: figure.savefig(target, format="png", dpi=110))
+
+
+def describe(on: Setting) -> str:
+    """What the columns mean, and from how much."""
+    return (
+        f"Trained, live and stored are shares of the base model's parameters. A trained row has "
+        f"{on.steps} optimiser steps of {on.batch} images unless its column says otherwise. "
+        f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
+        f"steps) with {len(on.reference)} real ones; they are not FID or KID. Latency is the time "
+        "of a denoiser call at batch 4 beside the base's, in pairs. Means over the seeds "
+        f"{', '.join(map(str, on.seeds))}; differences are paired by seed, with their standard "
+        "deviation."
+    )
+
+
+def command(name: str, on: Setting) -> str:
+    """The command that makes a table, without this machine's folders."""
+    words = [f"python -m benchmarks.{name} --on {on.name}"]
+    words += ["--data FOLDER"] if on.name == "cifar" else []
+    words += [f"--device {on.options.device}"] if on.options.device != "cpu" else []
+    words += ["--quick"] if on.options.quick else []
+    return " ".join(words)
+
+
+def machine(device: torch.device) -> str:
+    """The machine and the versions, in words."""
+    threads = torch.get_num_threads()
+    where = f"{os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        where = f"one {torch.cuda.get_device_name(device)}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{where}; {versions}, diffusers {diffusers.__version__}, moediff {version('moediff')}"
+
+
+def slug(name: str, seed: int) -> str:
+    """A file name for a row and a seed."""
+    kept = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    return f"{kept}-{seed}"
