@@ -86,14 +86,16 @@ class Recipe:
         members["counter"] = self.budget.counter
         for field, strategy in members.items():
             others = [other for name, other in members.items() if name != field]
-            offered = INHERENT.union(*(getattr(o, "provides", ()) for o in others))
+            offered = INHERENT.union(
+                {self.budget.of}, *(getattr(o, "provides", ()) for o in others)
+            )
             missing = sorted(frozenset(getattr(strategy, "needs", ())) - offered)
             if missing:
                 raise IncompatibleError(
                     f"{field}: {type(strategy).__name__} needs {', '.join(missing)}, which no "
                     "other strategy of this recipe provides; they provide "
                     f"{', '.join(sorted(offered))}. "
-                    "Swap one of them."
+                    "Swap one of them, or change what the budget is `of`."
                 )
 
     def to_tables(self, registry: Registry | None = None) -> dict[str, Any]:

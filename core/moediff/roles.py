@@ -2,7 +2,8 @@
 
 A strategy is a frozen attrs class of hyper-parameters with one pure verb. It may declare two sets
 of words: what it `needs` from the other strategies of a recipe and what it `provides` to them
-("widths", "layers", "prices"); a recipe that lacks something is refused when it is built.
+("widths", "layers", "prices"); the budget provides its `of`. A recipe that lacks something is
+refused when it is built.
 """
 
 from __future__ import annotations

@@ -96,10 +96,24 @@ def test_needs_that_nobody_provides_are_refused_with_the_reason() -> None:
         IncompatibleError, match="gate: Demanding needs prices, widths, which no other"
     ):
         recipe(gate=Demanding())
-    with pytest.raises(IncompatibleError, match=r"needs prices, .*they provide intervals, widths"):
+    with pytest.raises(
+        IncompatibleError, match=r"needs prices, .*they provide intervals, live, widths"
+    ):
         recipe(gate=Demanding(), pruner=WithWidths())
     whole = recipe(gate=Demanding(), pruner=WithWidths(), budget=Budget(0.5, WithPrices()))
     assert whole.gate == Demanding()
+
+
+def test_a_budget_provides_what_it_is_of() -> None:
+    @attrs.frozen
+    class Hoarder(Greedy):
+        """A gate that spends stored cost alone."""
+
+        needs: ClassVar[frozenset[str]] = frozenset({"stored"})
+
+    with pytest.raises(IncompatibleError, match=r"Hoarder needs stored, .*what the budget is `of`"):
+        recipe(gate=Hoarder())
+    assert recipe(gate=Hoarder(), budget=Budget(0.5, Count(), of="stored")).budget.of == "stored"
 
 
 def test_a_strategy_does_not_provide_for_itself() -> None:

@@ -68,7 +68,7 @@ class LearnedExpansion:
         BudgetError: the budget is under the floor, or holds less than `live`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"prices"})
+    needs: ClassVar[frozenset[str]] = frozenset({"prices", "stored"})
 
     live: float = attrs.field(default=0.3, validator=[gt(0), le(1)])
     steps: int = attrs.field(default=1000, validator=ge(1))

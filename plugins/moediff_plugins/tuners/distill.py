@@ -52,9 +52,9 @@ class Distill:
 
     Both phases draw timesteps over [0, T), and the mixture routes every row of a batch. In the tied
     phase all rows train the same weights. Then the mixture is untied: a copy has gradients from the
-    rows of its own timesteps alone (Sec. 3.2), and modules that all experts share are frozen. Where
-    no module is divided (one expert) or none is shared, the second phase trains everything. Each
-    phase has its own warm-up and schedule. Records: `loss-tied` and `loss-own`.
+    rows of its own timesteps alone (Sec. 3.2), and modules that all experts share are frozen. The
+    second phase trains everything where there was no tied one, and where no module is divided (one
+    expert). Each phase has its own warm-up and schedule. Records: `loss-tied` and `loss-own`.
 
     Attributes:
         steps: optimiser steps of both phases, summed over the experts.
@@ -107,7 +107,8 @@ class Distill:
             train(self, "tied", mixture, trainable(mixture), descend, tied, rows, run)
             mixture.untie()
             own = self.steps - tied
-            train(self, "own", mixture, _divided(mixture), descend, own, rows, run)
+            parameters = _divided(mixture) if tied else trainable(mixture)
+            train(self, "own", mixture, parameters, descend, own, rows, run)
         return mixture
 
     def _loss(
