@@ -51,7 +51,7 @@ def rows(on: Setting) -> dict[str, Row]:
     """The rows of Table 1."""
     recipe = moedm(on, real=True)
     whole = {"plan": on.whole}
-    size = {"steps": on.steps, "batch": on.batch}
+    size = {"steps": on.steps, "batch": on.batch, "precision": on.precision}
     bitfit = attrs.evolve(recipe, experts=1, recover=BitFit(learning_rate=10 * on.rate, **size))
     partial = attrs.evolve(recipe, experts=1, recover=Partial(learning_rate=on.rate, **size))
     single = attrs.evolve(recipe, experts=1)

@@ -26,6 +26,7 @@ def moedm(on: Setting, *, real: bool = False) -> Recipe:
         steps=on.steps,
         batch=on.batch,
         learning_rate=on.rate,
+        precision=on.precision,
         images=0 if real else on.teacher,
         mix=1.0 if real else 0.0,
     )
@@ -37,7 +38,7 @@ def moedm(on: Setting, *, real: bool = False) -> Recipe:
 
 def finetune(on: Setting) -> Finetune:
     """Fine-tuning with as many steps as every other row has."""
-    return Finetune(steps=on.steps, batch=on.batch, learning_rate=on.rate)
+    return Finetune(steps=on.steps, batch=on.batch, learning_rate=on.rate, precision=on.precision)
 
 
 def base_rows(on: Setting) -> dict[str, Row]:

@@ -61,6 +61,11 @@ class Setting:
         return Plan(Intervals.uniform(self.subject.total, 1), (Blueprint(),))
 
     @property
+    def precision(self) -> str:
+        """What losses are computed in: bfloat16 on a GPU, which is made for it."""
+        return "full" if self.options.device == "cpu" else "bf16"
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of every row."""
         return SEEDS[:1] if self.options.quick else SEEDS

@@ -1,0 +1,169 @@
+"""Torch-Pruning, the tool that a user would reach for, on the same base, budget and steps.
+
+Channels are removed by its Taylor importance, as in the example of its authors for diffusion
+models (Fang et al., 2023). What it does differently: one model for all timesteps; channels go
+everywhere, on residual paths too, where they are tied through all that is added or joined to them;
+a GroupNorm keeps its number of groups, each loses as many channels, and what remains is normalised
+by other statistics; an attention keeps its heads and each gets narrower; no layer is dropped.
+
+    pip install torch-pruning
+    python -m benchmarks.torch_pruning_baseline --on digits
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import attrs
+import torch
+import torch_pruning as tp
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+import moediff
+from benchmarks.recipes import base_rows, finetune
+from benchmarks.settings import Setting, load, parse_args
+from benchmarks.tables import Row, Trained, collect, describe, measure, summarise, write_table
+from moediff import ExpertMixture, Run, Subject, Task
+from moediff.errors import BudgetError
+from moediff.task import denoising_loss
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.counters.params import Params
+
+SHARE = 0.5
+SAMPLES, BATCH = 256, 64  # of the Taylor importance; `taylor` has the same
+STEP, HALVINGS = 0.15, 5  # the search for the ratio that meets the budget
+
+
+def prune_with_torch_pruning(subject: Subject, task: Task, share: float, seed: int) -> nn.Module:
+    """Return a smaller copy of the denoiser with at most `share` of its MACs, as near as can be.
+
+    Torch-Pruning takes a ratio of channels and not a budget, so the ratio is searched: in steps
+    until the budget is met, then by halving the last step. (MACs do not fall all the way with the
+    ratio: a group that would lose all its channels is passed over.)
+
+    Args:
+        subject: a diffusers `UNet2DModel`; it is left as it is.
+        task: whose denoising loss the importance is of.
+        share: MACs of one call, as a share of the base's.
+        seed: of the samples that the importance is measured on.
+
+    Raises:
+        BudgetError: no ratio reaches the share.
+    """
+    counter = MACs()
+    full = counter.count(subject.denoiser).value
+    slopes = _slopes(subject, task, seed)
+
+    def attempt(ratio: float) -> tuple[float, nn.Module]:
+        denoiser = _pruned(subject, slopes, ratio)
+        return counter.count(denoiser).value / full, denoiser
+
+    low, high, reached = 0.0, 0.0, 1.0
+    while reached > share:
+        low, high = high, high + STEP
+        if high >= 1:
+            raise BudgetError(f"share: got {share:.4g}; torch-pruning does not get there.")
+        reached, best = attempt(high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found, denoiser = attempt(middle)
+        if found > share:
+            low = middle
+        else:
+            high = middle
+            if found > reached:
+                reached, best = found, denoiser
+    return best
+
+
+def _slopes(subject: Subject, task: Task, seed: int) -> list[torch.Tensor]:
+    """The gradient of the mean denoising loss over all timesteps on every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    denoiser = copy.deepcopy(subject.denoiser).eval().requires_grad_(True)
+    for _ in range(SAMPLES // BATCH):
+        batch = task.batch(BATCH, generator, subject.device)
+        timesteps = torch.randint(subject.total, (BATCH,), generator=generator).to(subject.device)
+        loss = denoising_loss(denoiser, subject.scheduler, batch, timesteps, generator)
+        (loss * BATCH / SAMPLES).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in denoiser.parameters()]
+
+
+def _pruned(subject: Subject, slopes: list[torch.Tensor], ratio: float) -> nn.Module:
+    """A copy without the least important channels, a share `ratio` of all that are prunable."""
+    denoiser: Any = copy.deepcopy(subject.denoiser).eval().requires_grad_(True)
+    for parameter, slope in zip(denoiser.parameters(), slopes, strict=True):
+        parameter.grad = slope.clone()
+    sample = torch.zeros(1, *subject.shape, device=subject.device)
+    inputs = {"sample": sample, "timestep": torch.ones(1, device=subject.device).long()}
+    if denoiser.class_embedding is not None:
+        inputs["class_labels"] = torch.zeros(1, device=subject.device).long()
+    attentions = [module for module in denoiser.modules() if isinstance(module, Attention)]
+    heads = {m: a.heads for a in attentions for m in (a.to_q, a.to_k, a.to_v)}
+    pruner = tp.pruner.BasePruner(
+        denoiser,
+        inputs,
+        importance=tp.importance.GroupTaylorImportance(),
+        # By layer, a ratio of 0.1 already takes half of every pair in a GroupNorm of pairs.
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[denoiser.conv_out],
+        out_channel_groups={},  # the default is one dictionary for all calls
+        num_heads=heads,
+    )
+    pruner.step()
+    for module in denoiser.modules():  # what diffusers also keeps as numbers
+        if isinstance(module, (Downsample2D, Upsample2D)):
+            module.channels = module.conv.in_channels
+            module.out_channels = module.conv.out_channels
+    for attention in attentions:
+        attention.inner_dim = attention.to_q.out_features
+        attention.inner_kv_dim = attention.to_k.out_features
+        attention.query_dim = attention.to_q.in_features
+        attention.out_dim = attention.to_out[0].out_features
+    denoiser.zero_grad(set_to_none=True)
+    return denoiser
+
+
+def mixture_of(denoiser: nn.Module, on: Setting) -> ExpertMixture:
+    """A mixture of one expert, so that every tuner trains it and every metric measures it.
+
+    It cannot be loaded again from a folder: no plan says what Torch-Pruning removed.
+    """
+    expert = moediff.installed().dissect(denoiser, on.subject.scheduler)
+    return ExpertMixture.from_experts([expert], on.whole)
+
+
+def pruned_row(on: Setting, share: float = SHARE, steps: int | None = None) -> Row:
+    """The row of torch-pruning at a share of the MACs, trained as the other rows are."""
+
+    def make(seed: int) -> dict[str, float]:
+        started = time.perf_counter()
+        denoiser = prune_with_torch_pruning(on.subject, on.task, share, seed)
+        tuner = finetune(on) if steps is None else attrs.evolve(finetune(on), steps=steps)
+        run = Run(sampling=on.sampling, seed=seed, device=on.subject.device, verbose=True)
+        mixture = mixture_of(denoiser, on)
+        tuner.recover(mixture, on.task, on.subject, run).eval()
+        row = Trained(mixture, on.whole, tuner.steps, time.perf_counter() - started)
+        size = Params().count(denoiser).value / Params().count(on.subject.denoiser).value
+        return measure(row, on, seed) | {"live": size, "stored": size}
+
+    return make
+
+
+def main() -> None:
+    """Make the table."""
+    options = parse_args(__doc__.splitlines()[0])
+    on = load(options, "torch_pruning_baseline")
+    rows = {**base_rows(on), f"torch-pruning, {SHARE:.0%}": pruned_row(on)}
+    lines = summarise(collect(rows, on), "base, fine-tuned")
+    about = f"torch-pruning {tp.__version__} at {SHARE:.0%} of the base's MACs. " + describe(on)
+    write_table("torch_pruning_baseline", "A pruning tool as it is", about, lines, on)
+
+
+if __name__ == "__main__":
+    main()

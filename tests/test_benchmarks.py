@@ -1,0 +1,114 @@
+"""The papers' experiments: what they share computes what it says, and a script runs and resumes."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moediff
+from benchmarks import settings, tables
+from benchmarks.scores import Channels, zeroed
+from moediff import Blueprint, ExpertMixture, Intervals, Plan
+from moediff.masking import masked
+from moediff_plugins.counters.params import Params
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> settings.Setting:
+    options = argparse.Namespace(
+        on="digits", data=None, device="cpu", quick=True, runs=tmp_path, results=tmp_path
+    )
+    return settings.load(options, "tested")
+
+
+def test_zeroed_weights_are_a_closed_mask(on: settings.Setting):
+    subject = Channels.of(on).subject
+    masks = (torch.rand(len(subject.anatomy.units)) > 0.3).float()
+    sample, t, labels = (
+        torch.randn(3, 1, 8, 8),
+        torch.tensor([1, 500, 990]),
+        torch.tensor([3, 8, 3]),
+    )
+    with torch.no_grad():
+        found = zeroed(subject, masks)(sample, t, class_labels=labels).sample
+        with masked(subject.denoiser, subject.anatomy, masks):
+            wanted = subject.denoiser(sample, t, class_labels=labels).sample
+        whole = subject.denoiser(sample, t, class_labels=labels).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (found - whole).abs().max() > 0.1
+
+
+def test_channels_are_removed_up_to_the_share_and_not_beyond(on: settings.Setting):
+    channels = Channels.of(on)
+    figures = channels.closed("magnitude", 0.1)(0)
+    dearest = float(channels.prices.units.max()) / channels.prices.full
+    assert 0.1 - dearest < figures["removed"] <= 0.1
+    shares = [value for key, value in figures.items() if key.startswith("layer ")]
+    assert sum(shares) == pytest.approx(1)
+    assert channels.intact()(0)["removed"] == 0
+
+
+def test_trained_parameters_are_those_that_are_not_the_base_models(on: settings.Setting):
+    plan = Plan(Intervals.uniform(1000, 2), (Blueprint(),) * 2, {"mid_block.resnets.0": (0, 1)})
+    mixture = ExpertMixture.from_experts([on.subject, on.subject], plan).untie()
+    assert tables.changed(on.subject.denoiser, on) == tables.changed(mixture, on) == 0
+    first, second = (expert.mid_block.resnets[0].conv1.weight for expert in mixture.experts)
+    first.data += 1
+    assert tables.changed(mixture, on) == first.numel()
+    second.data += 1
+    mixture.experts[0].conv_in.bias.data += 1  # shared, so it counts once
+    assert (
+        tables.changed(mixture, on) == 2 * first.numel() + mixture.experts[0].conv_in.bias.numel()
+    )
+    assert tables.measure(tables.Trained(on.subject.denoiser, on.whole), on, 0)["stored"] == 1
+    assert Params().price(on.subject).full > first.numel()
+
+
+def test_differences_are_paired_by_seed():
+    figures = {
+        "a": [{"steps": 5.0, "FD[digits]": 1.0}, {"steps": 5.0, "FD[digits]": 11.0}],
+        "b": [{"steps": 9.0, "FD[digits]": 3.0}, {"steps": 9.0, "FD[digits]": 15.0}],
+    }
+    first, second = tables.summarise(figures, "a")
+    assert first == {"model": "a", "steps": "5", "FD[digits]": "6", "FD[digits] less a": ""}
+    assert second["FD[digits] less a"] == "+3 ± 1"  # 2 and 4, whose deviation is 1.4
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_an_experiment_writes_its_table_and_does_not_repeat_itself(tmp_path: Path):
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    first = run("benchmarks.expansion", "--quick", *folders)
+    assert first.returncode == 0, first.stderr
+    written = (tmp_path / "expansion-digits.md").read_text(encoding="utf-8")
+    for name in ("base, fine-tuned", "without dynamic", "uniform 2x", "uneven", "learned"):
+        assert f"| {name} |" in written
+    assert "`python -m benchmarks.expansion --on digits --quick`" in written
+    assert str(tmp_path) not in written
+    again = run("benchmarks.expansion", "--quick", *folders)
+    assert "- base, seed 0" in first.stdout
+    assert "seed 0" not in again.stdout
+    assert (tmp_path / "expansion-digits.md").read_text(encoding="utf-8") == written
+
+
+def test_a_base_without_its_data_is_refused_in_one_line():
+    found = run("benchmarks.expansion", "--on", "cifar")
+    assert found.returncode == 2
+    assert "--on cifar needs --data FOLDER" in found.stderr.splitlines()[-1]
+
+
+def test_the_task_and_the_sizes_are_those_asked_for(on: settings.Setting):
+    assert moediff.Sampling("ddim", 4) == on.sampling
+    assert on.seeds == (0,)
+    assert {3, 8} == set(on.task.conditioning["class_labels"].tolist())
