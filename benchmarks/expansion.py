@@ -1,7 +1,7 @@
 """MoEDM's Table 7: which layers get copies, among them a learned choice.
 
-All rows keep the same layers. "uneven" is the paper's: half of them, those nearest to the input
-and the output, have two copies. "learned" stores no more than "uneven" does.
+"uneven" is the paper's: half of the layers that remain, those nearest to the input and the output,
+have two copies. "learned" and "uniform 2x, fewer layers" store no more than "uneven" does.
 
     python -m benchmarks.expansion --on digits
 """
@@ -39,12 +39,13 @@ def rows(on: Setting) -> dict[str, Row]:
     price = Params().price(on.subject)
     stored = planned(uneven, on).cost(price, on.sampling)["stored"] / price.full
     gate = LearnedExpansion(live=uniform.budget.value, steps=on.steps // 2, batch=on.batch)
-    learned = attrs.evolve(uniform, gate=gate, budget=Budget(stored, Params(), of="stored"))
+    as_much = Budget(stored, Params(), of="stored")
     recipes = {
         WITHOUT: attrs.evolve(uniform, experts=1),
         "uniform 2x": uniform,
+        "uniform 2x, fewer layers": attrs.evolve(uniform, budget=as_much),
         "uneven": uneven,
-        "learned": learned,
+        "learned": attrs.evolve(uniform, gate=gate, budget=as_much),
     }
     return base_rows(on) | {name: trained(recipe, on, name) for name, recipe in recipes.items()}
 
@@ -55,9 +56,10 @@ def main() -> None:
     on = load(options, "expansion")
     lines = summarise(collect(rows(on), on), WITHOUT)
     about = (
-        "All rows below the base keep the same layers; they differ in which of them have a copy "
-        'per interval. "learned" stores at most what "uneven" does, and its steps count those '
-        "that its gate was trained for. " + describe(on)
+        "The rows differ in which of the layers that remain have a copy per interval; all but "
+        '"fewer layers" keep the same ones. "learned" and "fewer layers" store at most what '
+        '"uneven" does. The steps of "learned" count those that its gate was trained for. '
+        + describe(on)
     )
     write_table("expansion", "Expansion strategies (MoEDM Table 7)", about, lines, on)
 
