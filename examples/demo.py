@@ -216,6 +216,8 @@ def page(
             "is noise.",
             records["intervals/similarity"],
             pruned[0].plan.intervals.cuts,
+            objective=records["intervals/objective"],
+            held_out=records["intervals/held-out-fit"],
         )
     )
     note = "Share of groups and heads that each expert keeps; a cross is a dropped layer."

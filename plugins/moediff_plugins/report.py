@@ -14,6 +14,7 @@ import torch
 from moediff.anatomy import Anatomy
 from moediff.plan import Plan
 from moediff.storage import write_atomic
+from moediff.timesteps import Intervals
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -100,25 +101,57 @@ def alignment_plot(
     note: str,
     similarity: torch.Tensor,
     cuts: Sequence[int],
+    objective: torch.Tensor | None = None,
+    held_out: torch.Tensor | None = None,
 ) -> Figure:
-    """The similarity matrix (G, G) of a grid on [0, T) with its cut points (DiffPruning Fig. 3)."""
-    canvas, (axis,) = _axes(6, 5)
-    image = axis.imshow(
-        similarity.numpy(), origin="lower", extent=(0, cuts[-1], 0, cuts[-1]), vmin=-1, vmax=1,
+    """The similarity matrix (G, G) of a grid on [0, T) with its cut points (DiffPruning Fig. 3).
+
+    Args:
+        title: of the figure.
+        note: under the title.
+        similarity: (G, G).
+        cuts: the boundaries 0 to T of the intervals.
+        objective: J (G - 1,) by the place of a single cut (Supp. Fig. 2-5), beside the matrix.
+        held_out: the fit (N,) of one half of the samples by the other, for 1 to N experts.
+    """
+    total = cuts[-1]
+    curves = [curve for curve in (objective, held_out) if curve is not None]
+    canvas, axes = _beside(len(curves))
+    image = axes[0].imshow(
+        similarity.numpy(), origin="lower", extent=(0, total, 0, total), vmin=-1, vmax=1,
         cmap="RdBu_r",
     )  # fmt: skip
     for cut in cuts[1:-1]:
-        axis.axvline(cut, color="black", linestyle="--", linewidth=1)
-        axis.axhline(cut, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="timestep", ylabel="timestep")
-    canvas.colorbar(image, label="cosine similarity of gradients")
+        axes[0].axvline(cut, color="black", linestyle="--", linewidth=1)
+        axes[0].axhline(cut, color="black", linestyle="--", linewidth=1)
+    axes[0].set(xlabel="timestep", ylabel="timestep")
+    canvas.colorbar(image, ax=axes[0], label="cosine similarity of gradients")
+    if objective is not None:
+        axes[1].plot(Intervals.uniform(total, len(similarity)).cuts[1:-1], objective.numpy())
+        axes[1].set(xlabel="single cut at timestep", ylabel="objective J", xlim=(0, total))
+    if held_out is not None:
+        axes[-1].plot(range(1, len(held_out) + 1), held_out.numpy(), marker="o")
+        axes[-1].set(xlabel="experts", ylabel="held-out fit")
     return Figure(title, note, _png(canvas))
 
 
+def _beside(rows: int) -> tuple[Any, list[Any]]:
+    """A canvas with one large panel, and a column of `rows` small ones to its right."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(10 if rows else 6, 5), layout="constrained")
+    grid = canvas.add_gridspec(max(rows, 1), 5)
+    large = canvas.add_subplot(grid[:, :3] if rows else grid[:, :])
+    return canvas, [large, *(canvas.add_subplot(grid[row, 3:]) for row in range(rows))]
+
+
 def plan_plot(title: str, note: str, anatomy: Anatomy, plan: Plan) -> Figure:
-    """The share of units that each expert keeps of every width; dropped layers are crosses."""
-    canvas, (axis,) = _axes(10, 3.4)
+    """The share of units that each expert keeps of every width; dropped layers are crosses.
+
+    The legend has each expert's depth: how many of its layers are left.
+    """
     names = [width.name for layer in anatomy.layers for width in layer.widths]
+    canvas, (axis,) = _axes(max(10, 0.22 * len(names)), 3.4)
     spans = [anatomy.spans[name] for name in names]
     owners = [layer.name for layer in anatomy.layers for _ in layer.widths]
     count = len(plan.blueprints)
@@ -131,14 +164,16 @@ def plan_plot(title: str, note: str, anatomy: Anatomy, plan: Plan) -> Figure:
             0.0 if gone else float(mask[s].mean()) for s, gone in zip(spans, dropped, strict=True)
         ]
         places = [k + index * bar for k in range(len(names))]
-        bars = axis.bar(places, kept, bar, align="edge", label=f"expert {index}: [{start}, {stop})")
+        layers = len(anatomy.layers)
+        label = f"expert {index}: [{start}, {stop}), {layers - len(blueprint.drop)}/{layers} layers"
+        bars = axis.bar(places, kept, bar, align="edge", label=label)
         crosses = [place + bar / 2 for place, gone in zip(places, dropped, strict=True) if gone]
         color = bars.patches[0].get_facecolor()
         axis.scatter(crosses, [0.03] * len(crosses), marker="x", s=22, color=color)
     axis.set_xticks([k + 0.4 for k in range(len(names))])
     axis.set_xticklabels([_short(name) for name in names], rotation=90, fontsize=7)
     axis.set(ylabel="share kept", ylim=(0, 1.05), xlim=(0, len(names)))
-    axis.legend(fontsize=8, loc="upper center", ncols=count, bbox_to_anchor=(0.5, 1.18))
+    axis.legend(fontsize=8, loc="lower center", ncols=min(count, 4), bbox_to_anchor=(0.5, 1.0))
     return Figure(title, note, _png(canvas))
 
 

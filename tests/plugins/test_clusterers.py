@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -20,15 +21,26 @@ import moediff
 from moediff import Anatomy, Intervals, Run, Subject
 from moediff.errors import DataError, OptionError
 from moediff.task import corrupt
-from moediff_plugins.clusterers.alignment import Alignment, best_cuts
-from moediff_plugins.clusterers.cuts import single_cut_objective
+from moediff_plugins import digits
+from moediff_plugins.clusterers.alignment import Alignment
+from moediff_plugins.clusterers.cuts import (
+    best_cuts,
+    held_out,
+    objective,
+    single_cut_objective,
+)
+from moediff_plugins.clusterers.loss_similarity import LossSimilarity
 from moediff_plugins.clusterers.uniform import Uniform
+from moediff_plugins.report import alignment_plot
 from tests.conftest import tiny_task
 
 QUICK = Alignment(stride=125, images=6, batch=4)
+RECORDS = {
+    "similarity", "timesteps", "objective", "reliability", "held-out-objective", "held-out-fit",
+}  # fmt: skip
 
 
-def objective(similarity: np.ndarray[Any, Any], cuts: Iterable[int]) -> float:
+def term_by_term(similarity: np.ndarray[Any, Any], cuts: Iterable[int]) -> float:
     """DiffPruning, Supp. Eq. 3, term by term."""
     total = 0.0
     for low, high in itertools.pairwise(cuts):
@@ -105,15 +117,16 @@ def test_best_cuts_are_the_best_of_all(similarity: np.ndarray[Any, Any], count: 
     cuts, value = best_cuts(similarity, count)
     assert len(cuts) == count + 1
     assert list(cuts) == sorted({*cuts, 0, len(similarity)})
-    best = max(objective(similarity, c) for c in clusterings(len(similarity), count))
+    best = max(term_by_term(similarity, c) for c in clusterings(len(similarity), count))
     assert value == pytest.approx(best, abs=1e-12)
+    assert term_by_term(similarity, cuts) == pytest.approx(best, abs=1e-12)
     assert objective(similarity, cuts) == pytest.approx(best, abs=1e-12)
 
 
 @given(symmetric())
 def test_the_curve_is_the_objective_of_every_single_cut(similarity: np.ndarray[Any, Any]) -> None:
     cells = len(similarity)
-    wanted = [objective(similarity, (0, k, cells)) for k in range(1, cells)]
+    wanted = [term_by_term(similarity, (0, k, cells)) for k in range(1, cells)]
     np.testing.assert_allclose(single_cut_objective(similarity), wanted, rtol=0, atol=1e-12)
 
 
@@ -140,7 +153,74 @@ def test_best_cuts_refuse_what_is_no_similarity(similarity: np.ndarray[Any, Any]
         best_cuts(similarity, 1)
 
 
+# How many experts
+
+
+def unit_gradients(
+    cuts: tuple[int, ...], noise: float, seed: int = 0
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Unit gradients (G, 40) of two halves that share a direction inside every cluster."""
+    rng = np.random.default_rng(seed)
+    label = np.searchsorted(cuts[1:-1], np.arange(cuts[-1]), side="right")
+    shared = rng.normal(size=(len(cuts) - 1, 40))[label]
+    halves = shared + noise * rng.normal(size=(2, cuts[-1], 40))
+    first, second = halves / np.linalg.norm(halves, axis=-1, keepdims=True)
+    return first, second
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 5))
+def test_the_held_out_fit_is_what_interval_means_tell_of_the_other_half(
+    seed: int, noise: float
+) -> None:
+    first, second = unit_gradients((0, 3, 9), noise, seed)
+    matrices = (first @ first.T, second @ second.T, first @ second.T)
+    objectives, fits = held_out(*matrices, most=4)
+    for count in range(1, 5):
+        told, values = [], []
+        for teller, other in ((first, second), (second, first)):
+            cuts, _ = best_cuts(teller @ teller.T, count)
+            errors = [
+                ((other[k] - teller[low:high].mean(0)) ** 2).sum()
+                for low, high in itertools.pairwise(cuts)
+                for k in range(low, high)
+            ]
+            told.append(1 - np.mean(errors))
+            values.append(term_by_term(other @ other.T, cuts))
+        assert fits[count - 1] == pytest.approx(np.mean(told), abs=1e-9)
+        assert objectives[count - 1] == pytest.approx(np.mean(values), abs=1e-9)
+
+
+@pytest.mark.parametrize("cuts", [(0, 24), (0, 10, 24), (0, 5, 12, 24)])
+def test_the_held_out_fit_is_best_at_the_planted_number(cuts: tuple[int, ...]) -> None:
+    first, second = unit_gradients(cuts, noise=1.5)
+    matrices = (first @ first.T, second @ second.T, first @ second.T)
+    objectives, fits = held_out(*matrices, most=8)
+    assert 1 + fits.argmax() == len(cuts) - 1
+    assert objectives.argmax() == 7  # J rises on and on, so it cannot choose
+
+
+def test_alignment_records_how_many_experts_the_images_support(
+    scheduler: DDPMScheduler, task: moediff.Task
+) -> None:
+    subject, run = Subject(Switch(600), scheduler, Anatomy(()), (0, 1000)), Run(experts=3)
+    Alignment(stride=200, images=16).cluster(subject, task, run)
+    fits = run.records["free/held-out-fit"]
+    assert fits.shape == run.records["free/held-out-objective"].shape == (5,)
+    assert fits[0] < 0.6
+    torch.testing.assert_close(fits[1:], torch.ones(4, dtype=torch.float64))
+
+
 # Alignment
+
+
+def test_the_plot_shows_the_curves_that_it_is_given() -> None:
+    matrix = torch.from_numpy(planted(10, (0, 4, 10)))
+    curve, fits = torch.from_numpy(single_cut_objective(matrix.numpy())), torch.rand(8)
+    figures = [
+        alignment_plot("Alignment", "", matrix, (0, 400, 1000), *curves)
+        for curves in ((), (curve,), (curve, fits), (curve, fits.flip(0)))
+    ]
+    assert len({figure.png for figure in figures}) == 4
 
 
 @pytest.mark.parametrize("cut", [200, 700])
@@ -166,7 +246,7 @@ def test_similarity_is_the_cosine_of_backpropagated_gradients(
     subject: Subject, task: moediff.Task, batch: int
 ) -> None:
     run = Run(experts=2, seed=3)
-    Alignment(stride=250, images=5, batch=batch).cluster(subject, task, run)
+    Alignment(stride=250, images=5, batch=batch, sketch=None).cluster(subject, task, run)
     gradients, halves = [], []
     for middle in (125, 375, 625, 875):
         generator = run.generator(f"timestep {middle}")
@@ -214,6 +294,34 @@ def test_images_and_noise_differ_between_timesteps(
     assert (first - second).abs().flatten(1).mean(1).min() > 0.1
 
 
+def test_small_denoisers_are_not_sketched(subject: Subject, task: moediff.Task) -> None:
+    size = sum(parameter.numel() for parameter in subject.denoiser.parameters())
+    found = []
+    for sketch in (None, size + size % 2, 4096):
+        run = Run(experts=2)
+        attrs.evolve(QUICK, sketch=sketch).cluster(subject, task, run)
+        found.append(run.records["free/similarity"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_the_cut_of_sketched_gradients_is_within_a_hundredth_of_the_optimum() -> None:
+    subject = moediff.installed().dissect(*digits.load_base())
+    images = moediff.Task.from_arrays(*digits.load_images("train"), null_label=digits.NULL_LABEL)
+    exact, sketched = Run(experts=2), Run(experts=2)
+    for sketch, run in ((None, exact), (4096, sketched)):
+        options = Alignment(stride=100, images=8, batch=8, sketch=sketch)
+        options.cluster(subject, images, run)
+    matrix, estimate = (run.records["free/similarity"].numpy() for run in (exact, sketched))
+    assert not np.array_equal(matrix, estimate)
+    for count in range(2, 9):
+        best = best_cuts(matrix, count)[1]
+        assert objective(matrix, best_cuts(estimate, count)[0]) >= 0.99 * best
+    upper = np.triu_indices(len(matrix), 1)
+    error = (estimate - matrix)[upper] / (1 - matrix[upper] ** 2)
+    assert np.sqrt((error**2).mean()) <= 2 / np.sqrt(4096 - 2)
+
+
 def test_alignment_end_to_end_leaves_everything_as_found(any_subject: Subject) -> None:
     denoiser = any_subject.denoiser.train()
     for index, parameter in enumerate(denoiser.parameters()):
@@ -234,6 +342,7 @@ def test_alignment_end_to_end_leaves_everything_as_found(any_subject: Subject) -
     assert denoiser.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in denoiser.modules())
+    assert not any(p._backward_hooks for p in denoiser.parameters())
     similarity = run.records["free/similarity"]
     assert similarity.shape == (8, 8)
     torch.testing.assert_close(similarity.diagonal(), torch.ones(8, dtype=torch.float64))
@@ -278,16 +387,16 @@ def test_alignment_resumes_at_the_timestep_where_it_was_killed(
         staged(Interrupted(experts=2, cache=tmp_path), subject, task)
     resumed = Run(experts=2, cache=tmp_path)
     assert staged(resumed, subject, task) == wanted
-    for name in ("similarity", "timesteps", "objective", "reliability"):
-        key = f"intervals/{name}"
-        assert torch.equal(resumed.records[key], whole.records[key]), name
+    assert set(resumed.records) == set(whole.records) == {f"intervals/{name}" for name in RECORDS}
+    for key, wanted_record in whole.records.items():
+        assert torch.equal(resumed.records[key], wanted_record), key
     assert whole.ledger["intervals"].samples == 8 * 6
     assert resumed.ledger["intervals"].samples == 5 * 6
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
 def test_one_expert_takes_all(subject: Subject, task: moediff.Task) -> None:
-    for clusterer in (Alignment(), Uniform()):
+    for clusterer in (Alignment(), LossSimilarity(), Uniform()):
         run = Run(experts=1)
         assert clusterer.cluster(subject, task, run).cuts == (0, 1000)
         assert not run.records
@@ -317,7 +426,13 @@ def test_gradients_that_are_not_finite_are_refused(subject: Subject, task: moedi
         QUICK.cluster(subject, task, Run(experts=2))
 
 
-@pytest.mark.parametrize("options", [{"stride": 0}, {"images": 1}, {"batch": 0}, {"images": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"stride": 0}, {"images": 1}, {"batch": 0}, {"images": 1.5}),
+        *({"sketch": 0}, {"sketch": 4095}, {"sketch": 64.0}),
+    ],
+)
 def test_alignment_refuses_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"alignment: .*{next(iter(options))}"):
         moediff.installed().create("clusterers", "alignment", options)
@@ -337,7 +452,13 @@ def test_uniform_intervals_differ_by_one_timestep_at_most(experts: int, total: i
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("name", ["alignment", "uniform"])
-def test_clusterers_are_found_by_name(name: str) -> None:
-    clusterer = moediff.installed().create("clusterers", name, {})
-    assert type(clusterer) is {"alignment": Alignment, "uniform": Uniform}[name]
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("alignment", Alignment), ("loss-similarity", LossSimilarity), ("uniform", Uniform)],
+)
+def test_clusterers_are_found_by_name(name: str, kind: type) -> None:
+    assert type(moediff.installed().create("clusterers", name, {})) is kind
+
+
+def test_the_paper_takes_1024_images() -> None:
+    assert Alignment().images == 1024
