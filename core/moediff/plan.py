@@ -73,10 +73,22 @@ class Chain:
 
     A chain is a width (its least important unit first) or a list of layers. The experts of a
     mixture have chains of the same names and lengths; only the order of the units differs.
+    With a `stride` above 1, so many units are removed at a time.
     """
 
     name: str
     units: tuple[int, ...]
+    stride: int = attrs.field(default=1, validator=attrs.validators.ge(1))
+
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """The units that are removed together, in order; the last of these always stay.
+
+        Where the stride does not divide the length, the first step is the smaller one.
+        """
+        first = len(self.units) % self.stride
+        starts = [*([0] if first else []), *range(first, len(self.units), self.stride)]
+        return tuple(self.units[a:b] for a, b in itertools.pairwise([*starts, len(self.units)]))
 
 
 @attrs.frozen(eq=False)
@@ -90,13 +102,13 @@ class SearchSpace:
     @property
     def removable(self) -> int:
         """How many units can be removed in all."""
-        return sum(len(chain.units) - 1 for chain in self.chains)
+        return sum(len(chain.units) - len(chain.steps[-1]) for chain in self.chains)
 
     def smallest(self) -> torch.Tensor:
         """The mask (U,) that keeps as little as these chains allow."""
         mask = torch.ones(len(self.anatomy.units), dtype=torch.float64)
         for chain in self.chains:
-            mask[list(chain.units[:-1])] = 0
+            mask[list(chain.units[: -len(chain.steps[-1])])] = 0
         return mask
 
 

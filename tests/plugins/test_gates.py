@@ -26,9 +26,10 @@ from moediff.workdir import Checkpoint
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.binarise import binarise
-from moediff_plugins.gates.era import ERA, _agent, _draw
+from moediff_plugins.gates.era import ERA, _agent
 from moediff_plugins.gates.learned_expansion import LearnedExpansion
 from moediff_plugins.gates.one_hot import OneHot
+from moediff_plugins.gates.soft import draw
 from moediff_plugins.pruners.mid_layer import MidLayer
 from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.scorers.magnitude import Magnitude
@@ -284,9 +285,9 @@ def test_era_is_about_half_a_million_parameters_at_the_papers_size():
 
 def test_logistic_noise_keeps_half_at_zero_and_gumbel_does_not():
     generator = torch.Generator().manual_seed(0)
-    kept = (_draw(torch.Size([200_000]), "logistic", generator) > 0).float().mean()
+    kept = (draw(torch.Size([200_000]), "logistic", generator) > 0).float().mean()
     assert abs(float(kept) - 0.5) < 0.005
-    kept = (_draw(torch.Size([200_000]), "gumbel", generator) > 0).float().mean()
+    kept = (draw(torch.Size([200_000]), "gumbel", generator) > 0).float().mean()
     assert abs(float(kept) - 0.632) < 0.005
 
 

@@ -69,7 +69,7 @@ def _check_spaces(strategy: Any, spaces: Sequence[Any], subject: Subject) -> Non
         empty = [chain.name for chain in space.chains if not chain.units]
         promise(not empty, strategy, "chains hold units", f"none in {', '.join(empty)}")
         promise(space.removable > 0, strategy, "something may be removed", "nothing")
-    shapes = [[(chain.name, len(chain.units)) for chain in space.chains] for space in spaces]
+    shapes = [[(c.name, len(c.units), c.stride) for c in space.chains] for space in spaces]
     text = "chains of the same names and lengths whatever the scores"
     promise(shapes[0] == shapes[1], strategy, text, f"{shapes[0]} and {shapes[1]}")
 

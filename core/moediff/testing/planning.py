@@ -97,12 +97,14 @@ def check_clusterer(strategy: Any) -> None:
             failing(strategy, lambda kind=kind: tiny.tiny_subject(kind), cluster)  # type: ignore[misc]
 
 
-def check_gate(strategy: Any, of: Sequence[str] = ("live", "stored")) -> None:
+def check_gate(strategy: Any, of: Sequence[str] = ("live", "stored"), ordered: bool = True) -> None:
     """A plan that fits the budget and the search spaces; a budget under the floor is refused.
 
     Args:
         strategy: the gate.
         of: the kinds of budget that it spends. One that it does not spend is refused.
+        ordered: whether it removes each chain from its start. Otherwise it learns an order of its
+            own, and only the end of each chain stays for certain.
 
     Raises:
         ConformanceError: a promise is broken.
@@ -130,7 +132,7 @@ def check_gate(strategy: Any, of: Sequence[str] = ("live", "stored")) -> None:
             text = f"spends no budget of {budget.of} cost"
             promise(budget.of in of, strategy, text, found)
             promise(budget.value > floor, strategy, "refuses a budget under the floor", found)
-            _check_plan(strategy, plan, subject, spaces, intervals, budget)
+            _check_plan(strategy, plan, subject, spaces, intervals, budget, ordered)
             return plan
 
         with settled():
@@ -149,6 +151,7 @@ def _check_plan(
     spaces: Sequence[SearchSpace],
     intervals: Intervals,
     budget: Budget,
+    ordered: bool,
 ) -> None:
     promise(isinstance(plan, Plan), strategy, "returns a Plan", type(plan).__name__)
     promise(plan.intervals == intervals, strategy, "keeps the intervals", str(plan.intervals.cuts))
@@ -160,11 +163,14 @@ def _check_plan(
     for index, (space, mask) in enumerate(
         zip(spaces, plan.masks(subject.anatomy).tolist(), strict=True)
     ):
-        free = {unit for chain in space.chains for unit in chain.units[:-1]}
+        free = {u for chain in space.chains for units in chain.steps[:-1] for u in units}
         taken = {unit for unit, kept in enumerate(mask) if not kept} - free
         names = ", ".join(subject.anatomy.units[unit].name for unit in sorted(taken))
         promise(not taken, strategy, f"expert {index} loses what its space offers", names)
         for chain in space.chains:
             kept = [mask[unit] for unit in chain.units]
             text = f"expert {index}'s chain {chain.name} is removed from its start"
-            promise(kept == sorted(kept), strategy, text, str(kept))
+            promise(kept == sorted(kept) or not ordered, strategy, text, str(kept))
+            split = [units for units in chain.steps if len({mask[unit] for unit in units}) > 1]
+            text = f"expert {index}'s chain {chain.name} is removed {chain.stride} at a time"
+            promise(not split, strategy, text, f"{split} kept in part")

@@ -82,6 +82,9 @@ def _set(masks: torch.Tensor, step: Step, value: float) -> torch.Tensor:
 
 def _steps(spaces: Sequence[SearchSpace], chain: int) -> list[Step]:
     """One chain's removals, first to last, each of them in every expert at once."""
-    units = [space.chains[chain].units for space in spaces]
-    columns = [tuple(enumerate(column)) for column in zip(*units, strict=True)]
+    steps = [space.chains[chain].steps for space in spaces]
+    columns = [
+        tuple((expert, unit) for expert, units in enumerate(column) for unit in units)
+        for column in zip(*steps, strict=True)
+    ]
     return [Step(now, behind) for now, behind in itertools.pairwise(columns)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import attrs
@@ -13,17 +12,15 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from moediff.cost import Allowance, Budget
-from moediff.masking import masked
-from moediff.plan import REST, Blueprint, Plan, SearchSpace
+from moediff.plan import Plan, SearchSpace
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
-from moediff_plugins.gates.binarise import binarise
-from moediff_plugins.gates.settings import Plain
-from moediff_plugins.tuners.training import train
+from moediff_plugins.gates.soft import Noise, allowance_of, learn, logit
 
-Noise = Literal["logistic", "gumbel"]
+SPREAD = 0.2
+"""How soft the start at the budget is: p falls from 73 to 27 % over twice this share of a chain."""
 
 
 @attrs.frozen
@@ -35,19 +32,19 @@ class ERA:
     2017), and `noise="gumbel"` is the print. The supplement's sum starts at e + 1, so the last
     unit could never stay; here it starts at e, so the first one always does.
 
-    The records `loss-era`, `cost` (share of the base's) and `penalty` are (steps,), and
-    `probabilities` is (N, U); `gap` () is how far the plan was from the budget before its units
-    were rounded to meet it, as a share of the budget.
+    Eq. 15 adds R with weight 1. As R has a kink at the budget, the cost settles exactly there while
+    the loss falls by less than 1 as the logarithm of the cost rises by 1, so after elastic tuning.
+    Where experts break when they are cut (a low budget, no elastic tuning) the loss wins, the
+    softmax saturates and the cost stays above: `gap` says so, and a larger `penalty` mends it.
+
+    Records: see `soft.learn`.
 
     Attributes:
-        steps: optimiser steps; each one passes a batch through every expert.
-        batch: B, images per expert and step.
-        learning_rate: AdamW's.
-        weight_decay: AdamW's.
-        temperature: tau of the soft masks.
-        noise: "logistic" or "gumbel".
+        steps: see `soft.Settings` for this field and those that follow.
         hidden: the GRU's width; its input is half as wide.
-        save_every: steps between two checkpoints.
+        start: "even" draws the dense layers as usual, which keeps about half of every chain;
+            "budget" shifts their biases so that the first plan costs what it should. That helps
+            where steps are few.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prices"})
@@ -58,8 +55,12 @@ class ERA:
     weight_decay: float = attrs.field(default=0.01, validator=ge(0))
     temperature: float = attrs.field(default=0.4, validator=gt(0))
     noise: Noise = attrs.field(default="logistic", validator=in_(("logistic", "gumbel")))
-    hidden: int = attrs.field(default=256, validator=ge(2))
+    penalty: float = attrs.field(default=1.0, validator=gt(0))
     save_every: int = attrs.field(default=500, validator=ge(1))
+    hidden: int = attrs.field(default=256, validator=ge(2))
+    start: Literal["even", "budget"] = attrs.field(
+        default="even", validator=in_(("even", "budget"))
+    )
 
     def allocate(
         self,
@@ -70,65 +71,11 @@ class ERA:
         task: Task,
         run: Run,
     ) -> Plan:
-        separate = tuple(range(len(experts)))
-        allowance = Allowance(
-            budget=budget,
-            prices=budget.counter.price(experts[0]),
-            calls=run.sampling.calls(experts[0].scheduler, intervals),
-            copies=lambda part: separate,
-        )
-        allowance.check_floor(spaces)
+        allowance = allowance_of(experts, spaces, intervals, budget, run)
         agent = _agent(spaces, self.hidden, run)
-        log = torch.full((2, self.steps), float("nan"))
-
-        def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-            v = agent()  # (N, U)
-            soft = torch.sigmoid((v + _draw(v.shape, self.noise, generator)) / self.temperature)
-            rounded = soft + (soft.round() - soft).detach()
-            cost = allowance.cost(rounded.double()) / allowance.limit
-            penalty = cost.log().abs()  # log(max(T, T_d) / min(T, T_d))
-            log[:, step] = torch.stack([cost * budget.value, penalty]).detach().float()
-            # Expert by expert, so that only one expert's activations are held at a time.
-            leaves = [row.detach().requires_grad_() for row in soft]
-            value = torch.zeros(())
-            for expert, leaf in zip(experts, leaves, strict=True):
-                value += self._descend(expert, leaf, len(experts), task, generator)
-            gradients = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
-            torch.autograd.backward([soft, penalty], [gradients, torch.ones_like(penalty)])
-            return value + penalty.detach().float()  # Eq. 15
-
-        with _frozen(experts):
-            settings = Plain(self.learning_rate, self.weight_decay, self.save_every)
-            parameters = list(agent.parameters())
-            rows = self.batch * len(experts)
-            train(settings, "era", agent, parameters, loss, self.steps, rows, run)
-        with torch.no_grad():
-            probabilities = agent().sigmoid().double()  # (N, U)
-        masks = binarise(probabilities, spaces, allowance)
-        gap = allowance.cost(probabilities.round()) / allowance.limit - 1
-        run.record("cost", log[0])
-        run.record("penalty", log[1])
-        run.record("probabilities", probabilities)
-        run.record("gap", gap)
-        anatomy = experts[0].anatomy
-        blueprints = [Blueprint.from_mask(anatomy, mask) for mask in masks]
-        return Plan(intervals, blueprints, {REST: separate})
-
-    def _descend(
-        self,
-        expert: Subject,
-        mask: torch.Tensor,
-        count: int,
-        task: Task,
-        generator: torch.Generator,
-    ) -> torch.Tensor:
-        """An expert's share () of the loss under a soft mask (U,), which gets its gradient."""
-        batch = task.batch(self.batch, generator, expert.device)
-        timesteps = expert.timesteps(self.batch, generator)
-        with masked(expert.denoiser, expert.anatomy, mask.to(expert.device)) as denoiser:
-            loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator) / count
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach().cpu()
+        if self.start == "budget":
+            _start_at(agent, allowance)
+        return learn(self, "era", agent, experts, spaces, intervals, allowance, task, run)
 
 
 class _Agent(nn.Module):
@@ -143,21 +90,22 @@ class _Agent(nn.Module):
         gru = nn.GRU(z.shape[-1], hidden, batch_first=True)
         self.gru = weight_norm(weight_norm(gru, "weight_ih_l0"), "weight_hh_l0")
         self.heads = nn.ModuleList(
-            weight_norm(nn.Linear(hidden, len(chain.units))) for chain in spaces[0].chains
+            weight_norm(nn.Linear(hidden, len(chain.steps))) for chain in spaces[0].chains
         )
 
     def forward(self) -> torch.Tensor:
         """Logits v (N, U) of keeping every unit; large where nothing can be removed."""
         states = self.gru(self.z)[0].relu()  # (N, K, hidden)
-        bound = _logit(torch.ones(()))
+        bound = logit(torch.ones(()))
         rows = []
         for expert, space in enumerate(self.spaces):
             v = bound.repeat(len(space.anatomy.units))
             for k, chain in enumerate(space.chains):
-                o = self.heads[k](states[expert, k])  # (W,), the most important unit first
+                o = self.heads[k](states[expert, k])  # (W,), the most important first
                 y = torch.softmax(o, dim=-1)
-                p = y.flip(-1).cumsum(-1).flip(-1)  # p_e = sum of y_w over w >= e
-                v = v.index_copy(0, torch.tensor(chain.units[::-1]), _logit(p))
+                p = y.flip(-1).cumsum(-1)  # p_e = sum of y_w over w >= e, in order of removal
+                lengths = torch.tensor([len(units) for units in chain.steps])
+                v = v.index_copy(0, torch.tensor(chain.units), logit(p).repeat_interleave(lengths))
             rows.append(v)
         return torch.stack(rows)
 
@@ -170,30 +118,20 @@ def _agent(spaces: Sequence[SearchSpace], hidden: int, run: Run) -> _Agent:
         return _Agent(spaces, hidden, z)
 
 
-def _logit(p: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
-    """Inverse sigmoid, finite at 0 and 1 (Suppl. Eq. 6)."""
-    return torch.logit(p.clamp(0, 1) * (1 - 2 * epsilon) + epsilon)
-
-
-def _draw(shape: torch.Size, noise: Noise, generator: torch.Generator) -> torch.Tensor:
-    uniform = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-    if noise == "gumbel":
-        return -(-uniform.log()).log()
-    return torch.logit(uniform)
-
-
-@contextmanager
-def _frozen(experts: Sequence[Subject]) -> Iterator[None]:
-    """Train nothing but the agent: no gradients for the experts' own weights."""
-    restore: list[Callable[[], object]] = []
-    for expert in experts:
-        for parameter in expert.denoiser.parameters():
-            flag = parameter.requires_grad
-            restore.append(lambda p=parameter, f=flag: p.requires_grad_(f))  # type: ignore[misc]
-            parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        # Backwards, because one denoiser may stand for several experts.
-        for undo in reversed(restore):
-            undo()
+@torch.no_grad()
+def _start_at(agent: _Agent, allowance: Allowance) -> None:
+    """Shift the heads' biases so that all chains keep about one share, which meets the budget."""
+    biases = [head.get_parameter("bias") for head in agent.heads]
+    drawn = [bias.clone() for bias in biases]
+    low, high = -1.0, 2.0
+    for _ in range(20):
+        share = (low + high) / 2
+        for bias, first in zip(biases, drawn, strict=True):
+            positions = torch.arange(len(bias)) / len(bias)  # (W,), the most important first
+            p = torch.sigmoid((share - positions) / SPREAD)
+            y = p - torch.cat([p[1:], torch.zeros(1)])
+            bias.copy_(first + y.clamp(min=1e-4).log())
+        if float(allowance.cost(agent().sigmoid().double())) > allowance.limit:
+            high = share
+        else:
+            low = share

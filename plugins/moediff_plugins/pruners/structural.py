@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
+from attrs.validators import ge
 
 from moediff.anatomy import Anatomy
 from moediff.mixture import ExpertMixture
@@ -20,15 +22,27 @@ class Structural:
     Every width is a chain, its lowest score removed first. The last layers of each stage of the
     down and the up branch form one more chain: the deepest stage goes first, and within a stage
     the encoder's layer before the decoder's, the order that the supplement found to cost least.
+
+    Attributes:
+        round_to: a width keeps a multiple of so many channels that whole units can reach (of units
+            of 7 channels and 8: multiples of 56), or all. Units then go several at a time, and
+            where the first multiple is the whole width, none goes. 1 is off. On a CPU with AVX-512
+            a ResBlock's two convolutions took 1.5 times as long with 161 channels as with 168.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"layers", "widths"})
+
+    round_to: int = attrs.field(default=1, validator=ge(1))
 
     def space(self, expert: Subject, scores: Scores) -> SearchSpace:
         anatomy = expert.anatomy
         values = scores.values.tolist()
         chains = [
-            Chain(name, tuple(sorted(range(span.start, span.stop), key=values.__getitem__)))
+            Chain(
+                name,
+                tuple(sorted(range(span.start, span.stop), key=values.__getitem__)),
+                stride=self.round_to // math.gcd(self.round_to, anatomy.widths[name].size),
+            )
             for name, span in anatomy.spans.items()
         ]
         depth = _depth_layers(anatomy)
