@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
+from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -161,7 +162,10 @@ def main() -> None:
     on = load(options, "torch_pruning_baseline")
     rows = {**base_rows(on), f"torch-pruning, {SHARE:.0%}": pruned_row(on)}
     lines = summarise(collect(rows, on), "base, fine-tuned")
-    about = f"torch-pruning {tp.__version__} at {SHARE:.0%} of the base's MACs. " + describe(on)
+    about = (
+        f"torch-pruning {version('torch-pruning')} at {SHARE:.0%} of the base's MACs. "
+        + describe(on)
+    )
     write_table("torch_pruning_baseline", "A pruning tool as it is", about, lines, on)
 
 

@@ -21,12 +21,17 @@ OPTIONS = {
     "ablation-l1": {"images": 1, "batch": 64},
     "alignment": {"stride": 250, "images": 4, "batch": 4},
     "era": {"steps": 1, "batch": 2, "hidden": 8},
-    "learned-expansion": {"live": 0.5, "steps": 1, "batch": 2},
+    "independent": {"steps": 1, "batch": 2},
+    "latency": {"batch": 64, "rounds": 3},
+    "learned-expansion": {"live": 0.8, "steps": 1, "batch": 2},
 }
 """Options that make the costly strategies quick; the others run with their defaults."""
 
-BUDGETS = {"learned-expansion": {"of": "stored"}}
-"""What a gate asks of the budget that it spends; the others get one of live cost."""
+BUDGETS = {
+    "learned-expansion": {"of": "stored", "value": 0.9},
+    "latency": {"value": 0.9},  # most of a tiny net's time is starting its kernels
+}
+"""Where a gate or a counter asks for another budget than 0.75 of the live cost."""
 
 ROLES = ("scorers", "clusterers", "gates", "pruners", "counters")
 REGISTRY = moediff.installed()
@@ -56,7 +61,8 @@ def recipe_of(row: tuple[str, ...]) -> moediff.Recipe:
     ]
     scorer, clusterer, gate, pruner, counter = made
     sampling = moediff.Sampling("ddim", 2)
-    budget = moediff.Budget(0.75, counter, **BUDGETS.get(row[2], {}))
+    asked = {"value": 0.75, **BUDGETS.get(row[4], {}), **BUDGETS.get(row[2], {})}
+    budget = moediff.Budget(counter=counter, **asked)
     return moediff.Recipe(scorer, clusterer, gate, pruner, budget, sampling=sampling)
 
 

@@ -8,11 +8,14 @@ from typing import Any
 from moediff.hookspecs import hookimpl
 from moediff_plugins.anatomies.unet2d import UNet2D
 from moediff_plugins.clusterers.alignment import Alignment
+from moediff_plugins.clusterers.loss_similarity import LossSimilarity
 from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.fvcore import FVCore
+from moediff_plugins.counters.latency import Latency as LatencyCounter
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.era import ERA
+from moediff_plugins.gates.independent import Independent
 from moediff_plugins.gates.learned_expansion import LearnedExpansion
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.metrics.frechet import Frechet
@@ -24,6 +27,7 @@ from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.recipes import RECIPES
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
+from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
@@ -41,6 +45,7 @@ def scorers() -> Mapping[str, type]:
     return {
         "ablation-l1": AblationL1,
         "ablation-l1-sketch": AblationL1Sketch,
+        "diff-pruning": DiffPruning,
         "gradient": Gradient,
         "magnitude": Magnitude,
         "random": Random,
@@ -51,13 +56,18 @@ def scorers() -> Mapping[str, type]:
 @hookimpl
 def clusterers() -> Mapping[str, type]:
     """Where the timesteps are split."""
-    return {"alignment": Alignment, "uniform": Uniform}
+    return {"alignment": Alignment, "loss-similarity": LossSimilarity, "uniform": Uniform}
 
 
 @hookimpl
 def gates() -> Mapping[str, type]:
     """How the budget is spent."""
-    return {"era": ERA, "learned-expansion": LearnedExpansion, "one-hot": OneHot}
+    return {
+        "era": ERA,
+        "independent": Independent,
+        "learned-expansion": LearnedExpansion,
+        "one-hot": OneHot,
+    }
 
 
 @hookimpl
@@ -69,7 +79,7 @@ def pruners() -> Mapping[str, type]:
 @hookimpl
 def counters() -> Mapping[str, type]:
     """What a denoiser costs."""
-    return {"fvcore": FVCore, "macs": MACs, "params": Params}
+    return {"fvcore": FVCore, "latency": LatencyCounter, "macs": MACs, "params": Params}
 
 
 @hookimpl

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import moediff
 from moediff import Run, Sampling, Subject
@@ -15,6 +17,7 @@ from moediff.masking import masked
 from moediff.sampling import generate, initial_noise
 from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
 from moediff_plugins.scorers.channels import ablated, by_unit, channel_counts, images_of
+from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.losses import denoising_losses
 from moediff_plugins.scorers.taylor import Taylor
@@ -251,3 +254,219 @@ def test_noise_and_prompts_of_a_row_do_not_depend_on_the_others(
             subject.denoiser, subject.scheduler, run.sampling, noise, {}, {}, seeds
         )
     torch.testing.assert_close(three, all_three[[2, 0, 2]], rtol=1e-9, atol=1e-12)
+
+
+# Taylor over timesteps
+
+
+def doubled(subject: Subject, task: moediff.Task, *interval: int) -> tuple[Subject, moediff.Task]:
+    subject = attrs.evolve(subject, denoiser=subject.denoiser.double(), interval=interval)
+    return subject, attrs.evolve(task, samples=task.samples.double())
+
+
+def walk(scorer: DiffPruning, subject: Subject, task: moediff.Task) -> tuple[torch.Tensor, Run]:
+    run = Run()
+    return scorer.score(subject, task, run).values, run
+
+
+def losses_at(subject: Subject, task: moediff.Task, samples: int) -> Callable[[int], torch.Tensor]:
+    """The mean loss at a timestep, from the same images and noise as the scorer's one batch."""
+
+    def loss(t: int) -> torch.Tensor:
+        at = attrs.evolve(subject, interval=(t, t + 1))
+        return denoising_losses(at, task, samples, Run().generator("batch-0")).mean()
+
+    return loss
+
+
+def by_hand(subject: Subject, slopes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Closed units' weights, one channel and one weight at a time, from the anatomy's slices."""
+    values = torch.zeros(len(subject.anatomy.units), dtype=torch.float64)
+    terms = {
+        name: (weight.detach() * slopes[name]).abs()
+        for name, weight in subject.denoiser.named_parameters()
+    }
+    for index, unit in enumerate(subject.anatomy.units):
+        layer = subject.anatomy.layer(unit.layer)
+        if unit.width is None:
+            values[index] = sum(
+                term.sum()
+                for name, term in terms.items()
+                if name.startswith(tuple(f"{path}." for path in layer.modules))
+                and name.endswith(".weight")
+                and "norm" not in name
+                and not (layer.shortcut and name.startswith(layer.shortcut))
+            )
+            continue
+        width = subject.anatomy.widths[unit.width]
+        for place in width.slices:
+            if "norm" in place.module:
+                continue
+            term = terms[f"{place.module}.weight"]
+            for block in range(place.blocks):
+                first = (block * width.count + unit.position) * width.size
+                channels = range(first, first + width.size)
+                parts = (term[c] if place.side == "out" else term[:, c] for c in channels)
+                values[index] += sum(part.sum() for part in parts)
+    return values
+
+
+def slopes_of(subject: Subject, losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    names, weights = zip(*subject.denoiser.named_parameters(), strict=True)
+    found = torch.autograd.grad(torch.stack(list(losses)).sum(), weights)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "scale-shift", "three-stages"])
+def test_diff_pruning_sums_each_weights_slopes_over_the_timesteps_first(
+    kind: str, scheduler: Any, task: moediff.Task
+) -> None:
+    subject = moediff.installed().dissect(tiny_unet(kind), scheduler)
+    subject, task = doubled(subject, task, 100, 900)
+    scorer = DiffPruning(threshold=0.0, samples=2, stride=300, by_interval=True)
+    values, run = walk(scorer, subject, task)
+    assert run.records["free/timesteps"].tolist() == [100, 400, 700]
+    losses = [losses_at(subject, task, 2)(t) for t in (100, 400, 700)]
+    wanted = by_hand(subject, slopes_of(subject, losses))
+    torch.testing.assert_close(values, wanted, rtol=1e-9, atol=1e-15)
+    found = run.records["free/losses"].tolist()
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-6)
+    # Absolute values timestep by timestep would be another, larger score.
+    again = [losses_at(subject, task, 2)(t) for t in (100, 400, 700)]
+    apart = torch.stack([by_hand(subject, slopes_of(subject, [loss])) for loss in again]).sum(0)
+    assert (apart > values * (1 + 1e-6)).all()
+
+
+@pytest.fixture
+def falling(task: moediff.Task) -> tuple[Subject, moediff.Task]:
+    """A loss that falls with t: dark images, of which v-prediction asks ever less."""
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    subject = moediff.installed().dissect(tiny_unet(), scheduler)
+    with torch.no_grad():
+        subject.denoiser.conv_out.weight *= 0.1
+        subject.denoiser.conv_out.bias *= 0.1
+    task = attrs.evolve(task, samples=task.samples * 0.1)
+    return doubled(subject, task, 0, 1000)
+
+
+def test_diff_pruning_stops_where_the_loss_falls_under_the_share(
+    falling: tuple[Subject, moediff.Task],
+) -> None:
+    subject, task = falling
+    settings: dict[str, Any] = {"samples": 2, "stride": 100}
+    everything, run = walk(DiffPruning(threshold=0.0, **settings), subject, task)
+    losses = run.records["free/losses"]
+    assert len(losses) == 10
+    assert (losses.diff() < 0).all()
+    for wanted in (3, 6):
+        share = float((losses[wanted - 1] + losses[wanted]) / 2 / losses[0])
+        values, run = walk(DiffPruning(threshold=share, **settings), subject, task)
+        # From t = 0 up, and the timestep that ends the walk is seen but does not count.
+        assert run.records["free/timesteps"].tolist() == list(range(0, 100 * wanted + 1, 100))
+        parts = [losses_at(subject, task, 2)(100 * k) for k in range(wanted)]
+        hand = by_hand(subject, slopes_of(subject, parts))
+        torch.testing.assert_close(values, hand, rtol=1e-9, atol=1e-15)
+        assert not torch.allclose(values, everything, rtol=1e-3)
+
+
+def test_diff_pruning_compares_with_the_largest_loss_of_its_own_interval(
+    falling: tuple[Subject, moediff.Task],
+) -> None:
+    subject, task = falling
+    _, run = walk(DiffPruning(threshold=0.0, samples=2, stride=100), subject, task)
+    losses = run.records["free/losses"]
+    share = float((losses[6] + losses[7]) / 2 / losses[5])
+    late = attrs.evolve(subject, interval=(500, 1000))
+    scorer = DiffPruning(threshold=share, samples=2, stride=100, by_interval=True)
+    assert scorer.needs == {"intervals"}
+    assert walk(scorer, late, task)[1].records["free/timesteps"].tolist() == [500, 600, 700]
+    scorer = attrs.evolve(scorer, threshold=float(share * losses[5] / losses[0]))
+    assert len(walk(scorer, subject, task)[1].records["free/timesteps"]) == 8
+
+
+def test_diff_pruning_at_one_timestep_has_taylors_slopes(
+    subject: Subject, task: moediff.Task
+) -> None:
+    """Of what a unit's consumer reads, the signed terms w dL/dw add up to the mask's slope."""
+    subject, task = doubled(subject, task, 417, 418)
+    run = Run()
+    taylor = Taylor(samples=1, batch=1).score(subject, task, run).values
+    weights = dict(subject.denoiser.named_parameters())
+    loss, slopes = DiffPruning(samples=1)._slopes(subject, list(weights.values()), 417, task, run)
+    assert loss == pytest.approx(losses_at(subject, task, 1)(417).item(), rel=1e-12)
+    found = dict(zip(weights, slopes, strict=True))
+    values = DiffPruning(samples=1, by_interval=True).score(subject, task, run).values
+    for name, width in subject.anatomy.widths.items():
+        (place,) = (p for p in width.slices if p.side == "in")
+        term = weights[f"{place.module}.weight"] * found[f"{place.module}.weight"]
+        signed = term.detach().transpose(0, 1).reshape(width.count, -1).sum(1).abs()
+        span = subject.anatomy.spans[name]
+        torch.testing.assert_close(signed, taylor[span], rtol=1e-9, atol=1e-15)
+        assert (values[span] >= signed).all()
+
+
+def test_diff_pruning_keeps_its_samples_unless_it_redraws(
+    subject: Subject, task: moediff.Task
+) -> None:
+    seen: list[torch.Tensor] = []
+    handle = subject.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for redraw in (False, True):
+        seen.clear()
+        settings: dict[str, Any] = {"samples": 5, "batch": 3, "stride": 499, "threshold": 0.0}
+        DiffPruning(redraw=redraw, **settings).score(
+            attrs.evolve(subject, scheduler=Clean()), task, Run()
+        )
+        assert [len(rows) for rows in seen] == [3, 2] * 3  # t = 0, 499, 998
+        assert torch.equal(seen[0], seen[2]) != redraw
+        assert torch.equal(seen[1], seen[5]) != redraw
+        assert not torch.equal(seen[0][:2], seen[1])
+    handle.remove()
+
+
+class Clean(DDPMScheduler):
+    """Adds the same noise at every timestep, so that only another draw makes another input."""
+
+    def add_noise(self, clean: Any, noise: Any, timesteps: Any) -> Any:
+        return clean + noise
+
+
+def test_diff_pruning_resumes_where_it_was_killed(
+    subject: Subject, task: moediff.Task, tmp_path: Path
+) -> None:
+    subject, task = doubled(subject, task, 0, 1000)
+    scorer = DiffPruning(threshold=0.0, samples=2, stride=200, save_every=2)
+    whole = Run()
+    wanted = staged(whole, scorer, subject, task)
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+
+    handle = subject.denoiser.register_forward_pre_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        staged(Run(cache=tmp_path), scorer, subject, task)
+    resumed = Run(cache=tmp_path)
+    found = staged(resumed, scorer, subject, task)
+    handle.remove()
+    assert calls[0] == 4 + 3  # two of five timesteps were not walked again
+    assert torch.equal(found.values, wanted.values)
+    assert resumed.ledger["scores"].samples == whole.ledger["scores"].samples == 10
+    for name, record in whole.records.items():
+        assert torch.equal(resumed.records[name], record)
+
+
+def test_diff_pruning_gives_frozen_weights_nothing(subject: Subject, task: moediff.Task) -> None:
+    name, width = next(iter(subject.anatomy.widths.items()))
+    for place in width.slices:
+        subject.denoiser.get_submodule(place.module).requires_grad_(False)
+    values = DiffPruning(samples=2, stride=500).score(subject, task, Run()).values
+    assert torch.equal(values[subject.anatomy.spans[name]], torch.zeros(width.count).double())
+    assert values.max() > 0
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_diff_pruning_takes_a_share(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        DiffPruning(threshold=threshold)

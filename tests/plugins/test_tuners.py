@@ -19,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import moediff
 from moediff.errors import MoediffError, NoEffectWarning, OptionError
-from moediff.plan import Chain, Scores, SearchSpace
+from moediff.plan import Blueprint, Chain, Scores, SearchSpace
 from moediff.sampling import predict
+from moediff.surgery import cut
 from moediff.workdir import Run
 from moediff_plugins.tuners.bitfit import BitFit
 from moediff_plugins.tuners.distill import Distill
@@ -120,10 +121,10 @@ def test_distill_mix_trains_on_the_real_images_too(subject: moediff.Subject, tas
 
 
 def test_elastic_makes_sub_networks_work(subject: moediff.Subject, task: moediff.Task):
-    intervals = moediff.Intervals((0, 1000))
+    intervals, run = moediff.Intervals((0, 1000)), Run()
     plain, elastic = (
         Elastic(depth_steps=depth, width_steps=width, p=p, ema=0.0, **FAST).prepare(
-            subject.split(intervals), space, intervals, task, Run()
+            subject.split(intervals), space, intervals, task, run
         )[0]
         for depth, width, p in [(120, 0, 0.0), (60, 60, 0.5)]
     )
@@ -135,6 +136,8 @@ def test_elastic_makes_sub_networks_work(subject: moediff.Subject, task: moediff
         with moediff.masked(expert.denoiser, expert.anatomy, mask) as denoiser:
             return loss_of(denoiser, expert.scheduler, task)
 
+    before, after = (run.records[f"free/subnets-{name}-0"] for name in ("before", "after"))
+    assert (after < before).all()
     assert narrow(elastic) < 0.8 * narrow(plain)
     assert loss_of(elastic.denoiser, subject.scheduler, task) < 0.7 * loss_of(
         subject.denoiser, subject.scheduler, task
@@ -300,12 +303,10 @@ def test_elastic_leaves_the_base_alone_and_experts_differ(
     assert [expert.interval for expert in tuned] == list(intervals)
     one, other = (weights(expert.denoiser) for expert in tuned)
     assert not any(equal(one, weights) for weights in (before, other))
-    assert {name: len(r) for name, r in run.records.items()} == {
-        "free/loss-depth-0": 2,
-        "free/loss-depth-1": 1,
-        "free/loss-width-0": 2,
-        "free/loss-width-1": 1,
-    }
+    losses = {"depth-0": 2, "depth-1": 1, "width-0": 2, "width-1": 1}
+    subnets = {f"subnets{what}-{i}": 12 for what in ("", "-before", "-after") for i in (0, 1)}
+    wanted = {**{f"loss-{name}": steps for name, steps in losses.items()}, **subnets}
+    assert {name.removeprefix("free/"): len(r) for name, r in run.records.items()} == wanted
     assert all(not m.training and not m._forward_hooks for e in tuned for m in e.denoiser.modules())
 
 
@@ -359,9 +360,8 @@ def test_widths_lose_the_least_important_of_the_depth_tuned_expert(
         closed.append(set((power == 0).nonzero().flatten().tolist()))
 
     handle = subject.denoiser.get_submodule(width.consumer).register_forward_hook(spy)
-    Elastic(depth_steps=30, width_steps=40, **{**TINY, "learning_rate": 0.03}).prepare(
-        subject.split(intervals), rank, intervals, task, Run()
-    )
+    tuner = Elastic(depth_steps=30, width_steps=40, **{**TINY, "learning_rate": 0.03, "subnets": 0})
+    tuner.prepare(subject.split(intervals), rank, intervals, task, Run())
     handle.remove()
     assert counts == [0, 30]  # ranked again, between the phases
     assert len(orders[1]) == width.count == 4
@@ -369,6 +369,41 @@ def test_widths_lose_the_least_important_of_the_depth_tuned_expert(
     assert not any(closed[:30])
     assert {len(gone) for gone in closed[30:]} == {0, 1, 2, 3}  # floor(4 r); one always stays
     assert all(gone == set(orders[1][: len(gone)]) for gone in closed[30:])
+
+
+def test_sub_networks_are_judged_by_one_batch_before_and_after(
+    subject: moediff.Subject, task: moediff.Task
+):
+    intervals = moediff.Intervals((0, 300, 1000))
+    given, run = subject.split(intervals), Run()
+    tuner = Elastic(depth_steps=2, width_steps=2, p=0.5, **TINY)
+    tuned = tuner.prepare(given, space, intervals, task, run)
+    units = subject.anatomy.units
+    for index, expert in enumerate(tuned):
+        masks = run.records[f"free/subnets-{index}"]
+        assert masks.shape == (12, len(units))
+        assert len({tuple(mask.tolist()) for mask in masks}) == 12
+        by_kind = [[m for m, u in zip(masks.T, units, strict=True) if (u.width is None) == layer]
+                   for layer in (True, False)]  # fmt: skip
+        assert all(0 < float(torch.stack(kind).mean()) < 1 for kind in by_kind)  # both ways at once
+        for name, judged in (("before", given[index]), ("after", expert)):
+            for row in (0, 11):
+                generator = run.generator(f"judge-{index}")
+                batch = task.batch(TINY["batch"], generator)
+                timesteps = torch.randint(*intervals[index], (TINY["batch"],), generator=generator)
+                net = cut(
+                    judged.denoiser, judged.anatomy, Blueprint.from_mask(judged.anatomy, masks[row])
+                )
+                with torch.no_grad():
+                    loss = moediff.denoising_loss(
+                        net, subject.scheduler, batch, timesteps, generator
+                    )
+                found = run.records[f"free/subnets-{name}-{index}"][row]
+                assert float(found) == pytest.approx(float(loss), rel=1e-5)
+        before, after = (
+            run.records[f"free/subnets-{name}-{index}"] for name in ("before", "after")
+        )
+        assert not torch.equal(before, after)
 
 
 def test_masks_still_hold_under_gradient_checkpointing(
@@ -404,7 +439,7 @@ def _job(tuner: Any) -> Job:
 EVERY: dict[str, Any] = {"save_every": 2, "weight_decay": 0.1, "ema": 0.9, **TINY, "warmup": 0.2}
 JOBS: dict[str, Job] = {
     "distill": _job(Distill(steps=10, images=4, mix=0.3, **EVERY)),
-    "elastic": _job(Elastic(depth_steps=10, width_steps=10, **EVERY)),
+    "elastic": _job(Elastic(depth_steps=10, width_steps=10, subnets=2, **EVERY)),
     "finetune": _job(Finetune(steps=10, **EVERY)),
     "bitfit": _job(BitFit(steps=10, **EVERY)),
     "partial": _job(Partial(steps=10, **EVERY)),
@@ -497,8 +532,7 @@ def test_models_come_back_in_eval_mode_without_gradients(
     modes: list[bool] = []
 
     def spy(module: nn.Module, *_: Any) -> None:
-        teaches = module is dropout.denoiser.conv_in
-        modes.append(module.training != teaches)  # dropout is for those that learn
+        modes.append(module.training == torch.is_grad_enabled())  # dropout is for those that learn
 
     dropout.denoiser.conv_in.register_forward_hook(spy)  # copies carry it along
     trained = JOBS[name](dropout, task, Run(sampling=moediff.Sampling(steps=2)))
@@ -634,7 +668,9 @@ def test_options_outside_their_range_are_refused(name: str, option: str, value: 
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_bf16_is_for_the_losses_alone(name: str, subject: moediff.Subject, task: moediff.Task):
     """Weights stay float32, and so does all that is no training: the teacher's images."""
-    count = {"steps": 3} if name != "elastic" else {"depth_steps": 2, "width_steps": 2}
+    count = (
+        {"steps": 3} if name != "elastic" else {"depth_steps": 2, "width_steps": 2, "subnets": 0}
+    )
     kinds: list[tuple[torch.dtype, bool]] = []
 
     def spy(module: nn.Module, args: Any, output: torch.Tensor) -> None:

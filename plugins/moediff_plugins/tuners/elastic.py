@@ -13,7 +13,7 @@ from attrs.validators import ge, gt, in_, le, lt
 from moediff.masking import masked
 from moediff.plan import SearchSpace
 from moediff.roles import Rank
-from moediff.subject import Subject
+from moediff.subject import Subject, preserved
 from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
@@ -40,13 +40,18 @@ class Elastic:
     important ones, r ~ U[0, 1) drawn anew for each (Supp. 2.2), so one always stays. Both minimise
     the interval's denoising loss (Eq. 5). The paper trains the two one after the other and does
     not say whether layers are still passed over while widths change; here they are not.
-    The records `loss-depth-<i>` and `loss-width-<i>` hold one loss per step of expert i.
+
+    Some random sub-networks, drawn as training draws them, show what it was good for: their losses
+    on one batch of the interval, with the given weights and with the tuned ones. The records of
+    expert i are `loss-depth-<i>` and `loss-width-<i>`, one loss per step, `subnets-<i>` (S, U),
+    the masks of S sub-networks, and `subnets-before-<i>` and `subnets-after-<i>` (S,).
 
     Attributes:
         depth_steps: optimiser steps with elastic depth, summed over the experts.
         width_steps: optimiser steps with elastic width, summed over the experts.
         p: probability that a layer is passed over in a batch.
         batch: B, images per step.
+        subnets: S, how many sub-networks of every expert are compared.
         learning_rate: see `training.Settings` for this field and those that follow.
     """
 
@@ -56,6 +61,7 @@ class Elastic:
     width_steps: int = attrs.field(default=1000, validator=ge(0))
     p: float = attrs.field(default=0.5, validator=[ge(0), le(1)])
     batch: int = attrs.field(default=64, validator=ge(1))
+    subnets: int = attrs.field(default=12, validator=ge(0))
     learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=ge(0))
     schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
@@ -72,16 +78,21 @@ class Elastic:
         longest = max(self.depth_steps, self.width_steps)  # each phase gives its first expert one
         warn_if_idle(self, longest, count)
         copies = [attrs.evolve(e, denoiser=copy.deepcopy(e.denoiser).eval()) for e in experts]
+        draws: list[list[Draw]] = [[] for _ in copies]
         if self.depth_steps:
             space = rank(experts[0])  # which layers there are is the same for all experts
             for index, expert in enumerate(copies):
-                steps = share(self.depth_steps, count, index)
-                self._tune(f"depth-{index}", expert, _depths(space, self.p), steps, task, run)
+                if steps := share(self.depth_steps, count, index):
+                    draws[index].append(_depths(space, self.p))
+                    self._tune(f"depth-{index}", expert, draws[index][-1], steps, task, run)
         if self.width_steps:
             for index, expert in enumerate(copies):
-                steps = share(self.width_steps, count, index)
-                if steps:
-                    self._tune(f"width-{index}", expert, _widths(rank(expert)), steps, task, run)
+                if steps := share(self.width_steps, count, index):
+                    draws[index].append(_widths(rank(expert)))
+                    self._tune(f"width-{index}", expert, draws[index][-1], steps, task, run)
+        for index, draw in enumerate(draws):
+            if draw and self.subnets:
+                self._compare(index, experts[index], copies[index], draw, task, run)
         return tuple(copies)
 
     def _tune(
@@ -100,6 +111,29 @@ class Elastic:
 
         parameters = trainable(expert.denoiser)
         train(self, name, expert.denoiser, parameters, descend, steps, self.batch, run)
+
+    def _compare(
+        self, index: int, before: Subject, after: Subject, draws: list[Draw], task: Task, run: Run
+    ) -> None:
+        """Record what the tuning did to sub-networks that are closed in every tuned way at once."""
+        generator = run.generator(f"subnets-{index}")
+        drawn = [[draw(generator) for draw in draws] for _ in range(self.subnets)]
+        masks = torch.stack([torch.stack(parts).prod(0) for parts in drawn])  # (S, U)
+        run.record(f"subnets-{index}", masks)
+        for name, expert in (("before", before), ("after", after)):
+            losses = [self._loss(index, expert, mask, task, run) for mask in masks]
+            run.record(f"subnets-{name}-{index}", torch.tensor(losses))
+
+    def _loss(self, index: int, expert: Subject, mask: torch.Tensor, task: Task, run: Run) -> float:
+        """The loss of a sub-network; images, timesteps and noise are the same for all of them."""
+        generator = run.generator(f"judge-{index}")
+        batch = task.batch(self.batch, generator, expert.device)
+        timesteps = expert.timesteps(self.batch, generator)  # (B,)
+        run.spend(samples=self.batch)
+        hidden = masked(expert.denoiser, expert.anatomy, mask)
+        with torch.no_grad(), preserved(expert.denoiser), hidden as denoiser:
+            loss = denoising_loss(denoiser, expert.scheduler, batch, timesteps, generator)
+        return loss.item()
 
 
 def _depths(space: SearchSpace, p: float) -> Draw:
