@@ -150,7 +150,7 @@ def summarise(figures: Figures, against: str) -> list[dict[str, str]]:
     for name, found in figures.items():
         line = {"model": name}
         line |= {
-            key: f"{statistics.median(one[key] for one in found):.3g}"
+            key: plain(statistics.median(one[key] for one in found))
             for key in found[0]
             if key not in distances(figures)
         }
@@ -162,6 +162,11 @@ def summarise(figures: Figures, against: str) -> list[dict[str, str]]:
             line[f"{key} less {against}"] = "" if name == against else spread(gaps)
         lines.append(line)
     return lines
+
+
+def plain(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def spread(values: Sequence[float]) -> str:
