@@ -107,7 +107,10 @@ def load(options: argparse.Namespace, name: str, classes: Sequence[int] = ()) ->
 
         chosen = classes or (3, 5)
         base, scheduler = cifar.load_base()
-        task, reference = (cifar.load_images(options.data, split) for split in ("train", "test"))
+        names = [cifar.CLASSES[label] for label in chosen]
+        task, reference = (
+            cifar.load_images(options.data, split, names) for split in ("train", "test")
+        )
         extractor, rate, batch, sizes = "squeezenet", 3e-4, 32, (300, 500, 200, 2)
     if options.device != "cpu":
         batch, sizes = 4 * batch, (2000, 5000, 2000, 8)

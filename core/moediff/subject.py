@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,3 +86,16 @@ def preserved(denoiser: nn.Module) -> Iterator[nn.Module]:
         torch.set_rng_state(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def gradients(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """Let gradients flow to all of some parameters, or to none; flags as they were afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in parameters}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(wanted)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -10,10 +10,9 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from torch import nn
 
 from moediff.errors import DataError, OptionError
-from moediff.sampling import Conditioning, predict
+from moediff.sampling import Call, Conditioning, predict
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 
@@ -318,7 +317,7 @@ def corrupt(
 
 
 def denoising_loss(
-    denoiser: nn.Module,
+    denoiser: Call,
     scheduler: Any,
     batch: Batch,
     timesteps: torch.Tensor,

@@ -11,6 +11,8 @@ import attrs
 import torch
 from torch import nn
 
+from moediff.subject import gradients
+
 Parameters = Mapping[str, nn.Parameter]
 
 
@@ -132,15 +134,8 @@ def _hashes(parameter: torch.Tensor, size: int, generator: torch.Generator) -> I
 def differentiable(denoiser: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """Let gradients flow to every parameter, then set the flags back as they were."""
     parameters = dict(denoiser.named_parameters())
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    try:
-        with torch.enable_grad():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            yield parameters
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
+    with torch.enable_grad(), gradients(parameters.values(), True):
+        yield parameters
 
 
 def add_gradient(

@@ -15,10 +15,10 @@ from torch.func import functional_call
 from moediff.cost import Allowance, Budget
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
 from moediff.plan import REST, Blueprint, Plan, SearchSpace
-from moediff.sampling import predict
+from moediff.sampling import Call
 from moediff.subject import Subject
 from moediff.surgery import cut
-from moediff.task import Task, corrupt
+from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.gates.discard import discard, remaining
@@ -179,10 +179,9 @@ class LearnedExpansion:
             expert = experts[index]
             batch = task.batch(self.batch, generator, expert.device)
             timesteps = expert.timesteps(self.batch, generator)  # (B,)
-            noise = torch.randn(batch.clean.shape, generator=generator).to(batch.clean)
-            noisy, target = corrupt(expert.scheduler, batch.clean, noise, timesteps)
-            output = predict(model.expert(index), noisy, timesteps, batch.conditioning)
-            loss = nn.functional.mse_loss(output, target)
+            loss = denoising_loss(
+                model.expert(index), expert.scheduler, batch, timesteps, generator
+            )
             gates = model.gates().double().cpu()
             rounded = gates + (gates.round() - gates).detach()
             cost = start + (rounded * extra).sum()
@@ -232,7 +231,7 @@ class _Expansion(nn.Module):
         """The gates s (A,). Logits are stored divided by `scale`, for a rate of their own."""
         return torch.sigmoid(self.scale * self.logits)
 
-    def expert(self, index: int) -> Any:
+    def expert(self, index: int) -> Call:
         """Something to call as a denoiser."""
         denoiser, gates, tensors = self.denoisers[index], self.gates(), {}
         for (layer, name), shared, own in zip(self.weights, self.shared, self.own, strict=True):

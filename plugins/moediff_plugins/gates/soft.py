@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from moediff.cost import Allowance, Budget
 from moediff.masking import masked
 from moediff.plan import REST, Blueprint, Plan, SearchSpace
-from moediff.subject import Subject
+from moediff.subject import Subject, gradients
 from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
@@ -167,8 +167,8 @@ def descent(
             _descend(expert, leaf, settings.batch, len(experts), task, generator)
             for expert, leaf in zip(experts, leaves, strict=True)
         ]
-        gradients = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
-        torch.autograd.backward([soft, weighted], [gradients, torch.ones_like(weighted)])
+        slopes = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+        torch.autograd.backward([soft, weighted], [slopes, torch.ones_like(weighted)])
         return torch.stack(parts).sum().cpu() + weighted.detach().float()
 
     return descend
@@ -213,18 +213,6 @@ def _descend(
     return loss.detach()
 
 
-@contextmanager
-def frozen(experts: Sequence[Subject]) -> Iterator[None]:
+def frozen(experts: Sequence[Subject]) -> AbstractContextManager[None]:
     """Train nothing but the masks: no gradients for the experts' own weights meanwhile."""
-    restore: list[Callable[[], object]] = []
-    for expert in experts:
-        for parameter in expert.denoiser.parameters():
-            flag = parameter.requires_grad
-            restore.append(lambda p=parameter, f=flag: p.requires_grad_(f))  # type: ignore[misc]
-            parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        # Backwards, because one denoiser may stand for several experts.
-        for undo in reversed(restore):
-            undo()
+    return gradients((p for expert in experts for p in expert.denoiser.parameters()), False)

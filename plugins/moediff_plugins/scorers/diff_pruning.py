@@ -15,7 +15,8 @@ from moediff.plan import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run
-from moediff_plugins.scorers.losses import denoising_losses
+from moediff_plugins.scorers.losses import trained_weights, weight_slopes
+from moediff_plugins.scorers.weights import weighted_modules
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class DiffPruning:
         return frozenset({"intervals"} if self.by_interval else ())
 
     def score(self, expert: Subject, task: Task, run: Run) -> Scores:
-        weights = [p for p in expert.denoiser.parameters() if p.requires_grad and p.ndim > 1]
+        weights = trained_weights(expert)
         sums, losses = [torch.zeros_like(weight) for weight in weights], list[float]()
         checkpoint = run.checkpoint("walk")
         if found := checkpoint.load():
@@ -89,19 +90,12 @@ class DiffPruning:
         self, expert: Subject, weights: Sequence[torch.Tensor], t: int, task: Task, run: Run
     ) -> tuple[float, list[torch.Tensor]]:
         """L_t and its gradient on every weight."""
+
+        def generator(start: int) -> torch.Generator:
+            return run.generator(f"batch-{start}-{t}" if self.redraw else f"batch-{start}")
+
         at = attrs.evolve(expert, interval=(t, t + 1))
-        loss, slopes = 0.0, [torch.zeros_like(weight) for weight in weights]
-        for start in range(0, self.samples, self.batch):
-            rows = min(self.batch, self.samples - start)
-            name = f"batch-{start}-{t}" if self.redraw else f"batch-{start}"
-            with torch.enable_grad():
-                part = denoising_losses(at, task, rows, run.generator(name)).sum() / self.samples
-                found = torch.autograd.grad(part, weights, allow_unused=True)
-            loss += part.item()
-            for total, slope in zip(slopes, found, strict=True):
-                total += 0 if slope is None else slope
-            run.spend(samples=rows)
-        return loss, slopes
+        return weight_slopes(at, weights, task, self.samples, self.batch, generator, run)
 
 
 def _sums(expert: Subject, terms: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -130,9 +124,4 @@ def _by_unit(term: torch.Tensor, width: Width, place: Slice) -> torch.Tensor:
 def _weights(denoiser: nn.Module, layer: Layer) -> list[int]:
     """Ids of the weights that go when a layer is dropped; a shortcut in its place stays."""
     stays = denoiser.get_submodule(layer.shortcut) if layer.shortcut else None
-    return [
-        id(module.weight)
-        for path in layer.modules
-        for module in denoiser.get_submodule(path).modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not stays
-    ]
+    return [id(m.weight) for m in weighted_modules(denoiser, layer) if m is not stays]

@@ -10,7 +10,7 @@ from moediff.plan import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run
-from moediff_plugins.scorers.losses import denoising_losses
+from moediff_plugins.scorers.losses import trained_weights, weight_slopes
 from moediff_plugins.scorers.weights import norm_per_weight
 
 
@@ -37,19 +37,12 @@ class Gradient:
         return frozenset({"intervals"} if self.by_interval else ())
 
     def score(self, expert: Subject, task: Task, run: Run) -> Scores:
-        weights = [p for p in expert.denoiser.parameters() if p.requires_grad and p.ndim > 1]
-        totals = [torch.zeros_like(weight) for weight in weights]
-        for start in run.progress(range(0, self.samples, self.batch), "gradient"):
-            rows = min(self.batch, self.samples - start)
-            with torch.enable_grad():
-                losses = denoising_losses(expert, task, rows, run.generator(f"batch-{start}"))
-                slopes = torch.autograd.grad(
-                    losses.sum() / self.samples, weights, allow_unused=True
-                )
-            for total, slope in zip(totals, slopes, strict=True):
-                total += 0 if slope is None else slope
-            run.spend(samples=rows)
-        by_weight = {id(weight): total for weight, total in zip(weights, totals, strict=True)}
+        weights = trained_weights(expert)
+        _, slopes = weight_slopes(
+            expert, weights, task, self.samples, self.batch,
+            lambda start: run.generator(f"batch-{start}"), run, "gradient",
+        )  # fmt: skip
+        by_weight = {id(weight): total for weight, total in zip(weights, slopes, strict=True)}
 
         def pick(weight: torch.Tensor) -> torch.Tensor:
             return by_weight.get(id(weight), torch.zeros_like(weight))  # frozen ones learn nothing

@@ -60,11 +60,16 @@ def _of_units(denoiser: nn.Module, width: Width, pick: Pick) -> list[torch.Tenso
     ]
 
 
-def _of_layer(denoiser: nn.Module, layer: Layer, pick: Pick) -> list[torch.Tensor]:
-    """All weights of a layer's convolutions and linear modules, each (1, weights)."""
+def weighted_modules(denoiser: nn.Module, layer: Layer) -> list[nn.Conv2d | nn.Linear]:
+    """A layer's convolutions and linear modules."""
     return [
-        pick(module.weight).reshape(1, -1)
+        module
         for path in layer.modules
         for module in denoiser.get_submodule(path).modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     ]
+
+
+def _of_layer(denoiser: nn.Module, layer: Layer, pick: Pick) -> list[torch.Tensor]:
+    """All weights of a layer's convolutions and linear modules, each (1, weights)."""
+    return [pick(m.weight).reshape(1, -1) for m in weighted_modules(denoiser, layer)]
