@@ -9,42 +9,15 @@ uses the task's own images, since a base that does not know them cannot make the
 from __future__ import annotations
 
 import attrs
-import torch
 
-import moediff
 from benchmarks import cifar
-from benchmarks.recipes import base_rows, moedm
+from benchmarks.recipes import base_rows, from_scratch, moedm
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import (
-    Row,
-    collect,
-    describe,
-    measure,
-    summarise,
-    train,
-    trained,
-    write_table,
-)
+from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
 from moediff_plugins.tuners.bitfit import BitFit
 from moediff_plugins.tuners.partial import Partial
 
 MOEDM = "MoEDM"
-
-
-def from_scratch(on: Setting) -> Row:
-    """MoEDM's architecture, with the weights that training any such model begins from."""
-
-    def row(seed: int) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fresh = type(on.subject.denoiser).from_config(on.subject.denoiser.config)
-        plan = train(moedm(on, real=True), on, MOEDM, seed).plan
-        subject = moediff.installed().dissect(fresh.to(on.subject.device), on.subject.scheduler)
-        other = attrs.evolve(on, subject=subject)
-        made = train(moedm(on, real=True), other, "from scratch", seed, {"plan": plan})
-        return measure(made, on, seed)
-
-    return row
 
 
 def rows(on: Setting) -> dict[str, Row]:
@@ -59,7 +32,7 @@ def rows(on: Setting) -> dict[str, Row]:
         **base_rows(on),
         "BitFit": trained(bitfit, on, "BitFit", whole),
         "partial, 29 %": trained(partial, on, "partial", whole),
-        "MoEDM from scratch": from_scratch(on),
+        "MoEDM from scratch": from_scratch(on, recipe, MOEDM),
         "MoEDM without dynamic": trained(single, on, "without dynamic"),
         MOEDM: trained(recipe, on, MOEDM),
     }

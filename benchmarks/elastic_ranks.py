@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.recipes import finetune
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Figures, Row, collect, spread, write_plot, write_table
+from benchmarks.tables import Figures, Row, collect, difference, write_plot, write_table
 from moediff import Blueprint, ExpertMixture, Intervals, Plan, Run, Subject, denoising_loss
 from moediff.plan import REST, SearchSpace
 from moediff.surgery import cut
@@ -130,8 +130,8 @@ def lines(figures: Figures) -> list[dict[str, str]]:
         return {
             "expert": name,
             **means,
-            "rank, elastic less base": spread(gains),
-            "loss tuned, elastic less base": spread(worth),
+            "rank, elastic less base": difference(gains),
+            "loss tuned, elastic less base": difference(worth),
         }
 
     return [line(name, found) for name, found in figures.items()]
@@ -172,7 +172,7 @@ def main() -> None:
         f"`tuned` after {max(EXPERTS, on.steps // 2) // EXPERTS} more steps of fine-tuning. "
         "`rank` is Spearman's correlation with the loss after fine-tuning from the same weights. "
         f"Steps have {on.batch} images. Means over the seeds {', '.join(map(str, on.seeds))}; "
-        "differences are paired by seed, with their standard deviation."
+        "differences are paired by seed, with a 95 % confidence interval."
     )
     title = "Sub-networks before and after elastic tuning (DiffPruning Sec. 3.4)"
     write_table("elastic_ranks", title, about, lines(figures), on)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import attrs
+import torch
 
 import moediff
 from benchmarks.settings import Setting
-from benchmarks.tables import Row, Trained, measure, trained
-from moediff import Recipe
+from benchmarks.tables import Row, Trained, measure, train, trained
+from moediff import Budget, Recipe
+from moediff.roles import Gate
+from moediff_plugins.clusterers.alignment import Alignment
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.gates.era import ERA
+from moediff_plugins.gates.independent import Independent
 from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
 from moediff_plugins.tuners.distill import Distill
+from moediff_plugins.tuners.elastic import Elastic
 from moediff_plugins.tuners.finetune import Finetune
 
 BASE_TUNED = "base, fine-tuned"
+
+EFFORT = 2
+"""DiffPruning spreads its steps over four stages, so a row has twice those of MoEDM's tables."""
+
+FIFTH = 5
+
+PENALTY = 3.0
+"""Weight of R in Eq. 15, see `ERA`: with 1, experts without elastic tuning miss the budget."""
 
 
 def moedm(on: Setting, *, real: bool = False) -> Recipe:
@@ -34,6 +49,77 @@ def moedm(on: Setting, *, real: bool = False) -> Recipe:
     return moediff.load_recipe(
         "moedm", scorer=AblationL1Sketch(images=on.noises), recover=recover, sampling=scoring
     )
+
+
+def diffpruning(
+    on: Setting,
+    budget: float = 0.5,
+    *,
+    experts: int = 2,
+    era: bool = True,
+    depth: bool = True,
+    width: bool = True,
+) -> Recipe:
+    """DiffPruning at this setting's size, whole or without some of its parts.
+
+    Whatever is left out, a row has as many optimiser batches, summed over experts and stages: a
+    fifth each for masks, elastic depth and elastic width, and what remains for fine-tuning.
+
+    Args:
+        on: the setting.
+        budget: share of the base model's MACs.
+        experts: N.
+        era: masks from the Expert Routing Agent, otherwise independent ones.
+        depth: with elastic depth.
+        width: with elastic width.
+    """
+    part = on.steps // FIFTH
+    elastic = Elastic(
+        depth * part,
+        width * part,
+        batch=on.batch,
+        subnets=0,
+        learning_rate=on.rate,
+        precision=on.precision,
+    )
+    size = {"steps": max(1, part // experts), "batch": on.batch, "penalty": PENALTY}
+    gate: Gate = ERA(learning_rate=1e-2, **size) if era else Independent(**size)
+    rest = on.steps - part * (1 + depth + width)
+    return moediff.load_recipe(
+        "diffpruning",
+        clusterer=Alignment(images=8 if on.options.quick else 1024),
+        prepare=elastic if depth or width else None,
+        gate=gate,
+        recover=attrs.evolve(finetune(on), steps=rest),
+        budget=Budget(budget, MACs()),
+        experts=experts,
+        sampling=on.sampling,
+    )
+
+
+def from_scratch(on: Setting, recipe: Recipe, name: str) -> Row:
+    """The architecture of another row, with the weights that training any such model begins from.
+
+    Args:
+        on: the setting.
+        recipe: of the other row.
+        name: of the other row.
+    """
+
+    def row(seed: int) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = type(on.subject.denoiser).from_config(on.subject.denoiser.config)
+        plan = train(recipe, on, name, seed).plan
+        subject = moediff.installed().dissect(fresh.to(on.subject.device), on.subject.scheduler)
+        tuned = attrs.evolve(
+            recipe, prepare=None, recover=attrs.evolve(recipe.recover, steps=on.steps)
+        )
+        other = attrs.evolve(on, subject=subject)
+        made = train(tuned, other, f"{name} from scratch", seed, {"plan": plan})
+        return measure(made, on, seed)
+
+    return row
 
 
 def finetune(on: Setting) -> Finetune:

@@ -34,6 +34,7 @@ from moediff.cost import CostModel
 from moediff_plugins.counters.params import Params
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
+from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.gradient import Gradient
 from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.random import Random
@@ -66,6 +67,7 @@ def scorers(on: Setting) -> dict[str, Any]:
         "ablation-l1": AblationL1(images=on.noises),
         "ablation-l1-sketch": AblationL1Sketch(images=2 * on.noises),
         "taylor": Taylor(),
+        "diff-pruning": DiffPruning(stride=10),
         "gradient": Gradient(),
         "magnitude": Magnitude(),
         "random": Random(),
@@ -191,8 +193,8 @@ def main() -> None:
         "share of what was removed that lay in the layers with the most channels; those hold "
         f"{share:.0%} of what channels hold. Distances compare {on.samples} images "
         f"({on.sampling.scheduler}, {on.sampling.steps} steps) with {len(on.reference)} real ones; "
-        f"they are not FID or KID. Means over the seeds {', '.join(map(str, on.seeds))}; "
-        "differences are paired by seed, with their standard deviation."
+        f"they are not FID or KID. Means over the seeds {', '.join(map(str, on.seeds))} with their "
+        "standard deviation; differences are paired by seed, with a 95 % confidence interval."
     )
     title = "Zeroing channels by each score (MoEDM Table 4)"
     write_table("scores", title, about, summarise(shown, "full model"), on)

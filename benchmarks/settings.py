@@ -86,13 +86,16 @@ def parse_args(summary: str, bases: Sequence[str] = ("digits", "cifar")) -> argp
     return options
 
 
-def load(options: argparse.Namespace, name: str, classes: Sequence[int] = ()) -> Setting:
+def load(
+    options: argparse.Namespace, name: str, classes: Sequence[int] = (), effort: int = 1
+) -> Setting:
     """Load the base model and the task, by default the digits 3 and 8, or cats and dogs.
 
     Args:
         options: from `parse_args`.
         name: of the experiment, for its folder under `--runs`.
         classes: class numbers of the task.
+        effort: how many times the usual optimiser steps a row has.
     """
     if options.on == "digits":
         chosen = classes or (3, 8)
@@ -123,7 +126,7 @@ def load(options: argparse.Namespace, name: str, classes: Sequence[int] = ()) ->
         task=task.subset(chosen),
         reference=reference.subset(chosen),
         extractor=extractor,
-        steps=steps,
+        steps=effort * steps,
         batch=batch,
         rate=rate,
         samples=samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -15,6 +16,7 @@ import attrs
 import diffusers
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import nn
 
 import moediff
@@ -22,6 +24,7 @@ from benchmarks.settings import Setting
 from moediff import Plan, Recipe, Run
 from moediff.roles import Metric
 from moediff.storage import write_atomic, write_json
+from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.kernel import Kernel
@@ -35,6 +38,7 @@ class Trained:
     model: Any
     plan: Plan
     steps: int = 0
+    images: int = 0
     seconds: float = 0.0
 
 
@@ -61,12 +65,10 @@ def train(
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    return Trained(
-        mixture,
-        mixture.plan,
-        int(sum(spent["steps"] for spent in ledger.values())),
-        sum(spent["seconds"] for spent in ledger.values()),
+    steps, images, seconds = (
+        sum(spent[key] for spent in ledger.values()) for key in ("steps", "samples", "seconds")
     )
+    return Trained(mixture, mixture.plan, steps, images, seconds)
 
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
@@ -76,13 +78,15 @@ def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | N
 
 def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
     """The figures of one model; all rows of a seed generate from the same noise."""
-    price = Params().price(on.subject)
-    held = row.plan.cost(price, on.sampling)
+    params, macs = Params().price(on.subject), MACs().price(on.subject)
+    held = row.plan.cost(params, on.sampling)
     figures = {
-        "trained": changed(row.model, on) / price.full,
-        "live": held["live"] / price.full,
-        "stored": held["stored"] / price.full,
+        "trained": changed(row.model, on) / params.full,
+        "live": held["live"] / params.full,
+        "stored": held["stored"] / params.full,
+        "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,
         "steps": float(row.steps),
+        "images": float(row.images),
         "seconds": row.seconds,
     }
     run = metric_run(on, seed)
@@ -144,10 +148,17 @@ def distances(figures: Figures) -> list[str]:
     return [key for key in first if key.split("[")[0] in ("FD", "KD", "FID", "KID")]
 
 
-def summarise(figures: Figures, against: str) -> list[dict[str, str]]:
-    """A line per row: means over seeds, and the paired differences from the row `against`."""
+def summarise(figures: Figures, against: str | Mapping[str, str]) -> list[dict[str, str]]:
+    """A line per row: means over seeds, and what changed from another row, paired by seed.
+
+    Args:
+        figures: a table's.
+        against: the row that all are compared with, or one for every row that is.
+    """
+    title = against if isinstance(against, str) else "the row it builds on"
     lines = []
     for name, found in figures.items():
+        other = against if isinstance(against, str) else against.get(name, name)
         line = {"model": name}
         line |= {
             key: plain(statistics.median(one[key] for one in found))
@@ -155,11 +166,10 @@ def summarise(figures: Figures, against: str) -> list[dict[str, str]]:
             if key not in distances(figures)
         }
         for key in distances(figures):
-            line[key] = f"{statistics.mean(one[key] for one in found):.3g}"
-            gaps = [
-                one[key] - other[key] for one, other in zip(found, figures[against], strict=True)
-            ]
-            line[f"{key} less {against}"] = "" if name == against else spread(gaps)
+            line[key] = spread([one[key] for one in found])
+            pairs = zip(found, figures[other], strict=True)
+            gaps = [one[key] - before[key] for one, before in pairs]
+            line[f"{key} less {title}"] = "" if name == other else difference(gaps)
         lines.append(line)
     return lines
 
@@ -170,9 +180,22 @@ def plain(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean of some differences, and their standard deviation if there are several."""
-    mean = f"{statistics.mean(values):+.2g}"
+    """The mean, and the standard deviation if there are several."""
+    mean = f"{statistics.mean(values):.3g}"
     return f"{mean} ± {statistics.stdev(values):.1g}" if len(values) > 1 else mean
+
+
+def difference(gaps: Sequence[float]) -> str:
+    """The mean of some differences, and its 95 % confidence interval if there are several.
+
+    The interval is Student's, so that of three seeds is 2.5 standard deviations to either side.
+    """
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2:
+        return f"{mean:+.2g}"
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * error
+    return f"{mean:+.2g} [{mean - half:+.2g}, {mean + half:+.2g}]"
 
 
 def write_table(
@@ -210,13 +233,15 @@ def write_plot(name: str, figure: Figure, on: Setting) -> None:
 def describe(on: Setting) -> str:
     """What the columns mean, and from how much."""
     return (
-        f"Trained, live and stored are shares of the base model's parameters. A trained row has "
-        f"{on.steps} optimiser steps of {on.batch} images unless its column says otherwise. "
+        "Trained, live and stored are shares of the base model's parameters, MACs those of one "
+        f"call. A trained row has {on.steps} optimiser steps of {on.batch} images, unless its "
+        "column says otherwise; `images` counts all that passed through a denoiser, those for "
+        "scores and for a teacher's images as well. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
         f"steps) with {len(on.reference)} real ones; they are not FID or KID. Latency is the time "
         "of a denoiser call at batch 4 beside the base's, in pairs. Means over the seeds "
-        f"{', '.join(map(str, on.seeds))}; differences are paired by seed, with their standard "
-        "deviation."
+        f"{', '.join(map(str, on.seeds))} with their standard deviation; differences are paired "
+        "by seed, with a 95 % confidence interval."
     )
 
 

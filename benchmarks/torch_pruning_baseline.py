@@ -149,9 +149,13 @@ def pruned_row(on: Setting, share: float = SHARE, steps: int | None = None) -> R
         run = Run(sampling=on.sampling, seed=seed, device=on.subject.device, verbose=True)
         mixture = mixture_of(denoiser, on)
         tuner.recover(mixture, on.task, on.subject, run).eval()
-        row = Trained(mixture, on.whole, tuner.steps, time.perf_counter() - started)
-        size = Params().count(denoiser).value / Params().count(on.subject.denoiser).value
-        return measure(row, on, seed) | {"live": size, "stored": size}
+        images = SAMPLES + tuner.steps * tuner.batch
+        row = Trained(mixture, on.whole, tuner.steps, images, time.perf_counter() - started)
+        size, macs = (
+            counter.count(denoiser).value / counter.count(on.subject.denoiser).value
+            for counter in (Params(), MACs())
+        )
+        return measure(row, on, seed) | {"live": size, "stored": size, "MACs": macs}
 
     return make
 

@@ -7,15 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 import moediff
-from benchmarks import settings, tables
+from benchmarks import budgets, settings, tables
+from benchmarks import recipes as recipes_of
+from benchmarks.ladder import RUNGS
 from benchmarks.scores import Channels, zeroed
 from moediff import Blueprint, ExpertMixture, Intervals, Plan
 from moediff.masking import masked
 from moediff_plugins.counters.params import Params
+from moediff_plugins.scorers.taylor import Taylor
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,8 +81,23 @@ def test_differences_are_paired_by_seed():
         "b": [{"steps": 9.0, "FD[digits]": 3.0}, {"steps": 9.0, "FD[digits]": 15.0}],
     }
     first, second = tables.summarise(figures, "a")
-    assert first == {"model": "a", "steps": "5", "FD[digits]": "6", "FD[digits] less a": ""}
-    assert second["FD[digits] less a"] == "+3 ± 1"  # 2 and 4, whose deviation is 1.4
+    assert first == {"model": "a", "steps": "5", "FD[digits]": "6 ± 7", "FD[digits] less a": ""}
+    # 2 and 4: their mean has a standard error of 1, and t(0.975) is 12.7 for two of them.
+    assert second["FD[digits] less a"] == "+3 [-9.7, +16]"
+    lines = tables.summarise(figures, {"a": "b"})
+    assert lines[0]["FD[digits] less the row it builds on"] == "-3 [-16, +9.7]"
+    assert lines[1]["FD[digits] less the row it builds on"] == ""
+
+
+def test_every_rung_and_every_budget_takes_as_many_optimiser_batches(on: settings.Setting):
+    on = attrs.evolve(on, steps=1600)
+    recipes = [recipes_of.diffpruning(on, **parts) for parts in RUNGS.values()]
+    for recipe in (*recipes, recipes_of.diffpruning(on, 0.3)):
+        elastic = recipe.prepare
+        batches = recipe.experts * recipe.gate.steps + recipe.recover.steps
+        batches += elastic.depth_steps + elastic.width_steps if elastic else 0
+        assert batches == 1600
+    assert budgets.by_score(on, Taylor()).recover.steps == 1600
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,145 @@
+"""DiffPruning's Table 1: budgets of 70, 50 and 30 %, and what else gets to half of the MACs.
+
+"taylor" and "diff-pruning" remove the units that their scores call unimportant from one model;
+"diff-pruning" is SP, Structural Pruning for Diffusion Models (Fang et al., 2023). "torch-pruning"
+is the tool as it is. All rows have the same number of optimiser batches.
+
+    pip install torch-pruning
+    python -m benchmarks.budgets --on digits
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import attrs
+from matplotlib.figure import Figure
+
+from benchmarks.recipes import EFFORT, base_rows, diffpruning, finetune, from_scratch
+from benchmarks.settings import Setting, load, parse_args
+from benchmarks.tables import (
+    Figures,
+    Row,
+    collect,
+    describe,
+    distances,
+    slug,
+    summarise,
+    trained,
+    write_plot,
+    write_table,
+)  # fmt: skip
+from benchmarks.torch_pruning_baseline import pruned_row
+from moediff import Blueprint, Plan, Recipe, Subject
+from moediff.roles import Scorer
+from moediff_plugins.gates.one_hot import OneHot
+from moediff_plugins.scorers.diff_pruning import DiffPruning
+from moediff_plugins.scorers.taylor import Taylor
+
+HALF = 0.5
+OURS = {share: f"DiffPruning, {share:.0%}" for share in (0.7, HALF, 0.3)}
+"""Budget -> its row."""
+
+
+def by_score(on: Setting, scorer: Scorer) -> Recipe:
+    """One model without the units whose scores are lowest, fine-tuned with all of the batches."""
+    return attrs.evolve(
+        diffpruning(on, HALF, experts=1),
+        scorer=scorer,
+        prepare=None,
+        gate=OneHot(),
+        recover=finetune(on),
+    )
+
+
+def rows(on: Setting) -> dict[str, Row]:
+    """The base rows, the budgets, and the others at half of the MACs."""
+    recipes = {name: diffpruning(on, share) for share, name in OURS.items()} | {
+        "single expert, 50%": diffpruning(on, HALF, experts=1),
+        "taylor, 50%": by_score(on, Taylor()),
+        "diff-pruning, 50%": by_score(on, DiffPruning()),
+    }
+    return {
+        **base_rows(on),
+        **{name: trained(recipe, on, name) for name, recipe in recipes.items()},
+        "from scratch, 50%": from_scratch(on, recipes[OURS[HALF]], OURS[HALF]),
+        "torch-pruning, 50%": pruned_row(on, HALF),
+    }
+
+
+def curve(figures: Figures) -> Figure:
+    """Distance by MACs: the budgets as a line, everything else as points."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    key = distances(figures)[0]
+
+    def at(name: str) -> tuple[float, float]:
+        found = figures[name]
+        return statistics.mean(o["MACs"] for o in found), statistics.mean(o[key] for o in found)
+
+    line = [at(name) for name in OURS.values()]
+    axis.plot(*zip(*line, strict=True), color="C0", marker="o", label="DiffPruning")
+    others = [name for name in figures if name not in OURS.values()]
+    for place, name in enumerate(others):
+        axis.plot(*at(name), "s", color=f"C{1 + place}", label=name)
+    axis.set_yscale("log")  # what falls apart would press the others together
+    axis.set_xlabel("MACs of a call / base")
+    axis.set_ylabel(f"{key}, mean over the seeds")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def architectures(on: Setting) -> Figure:
+    """What each expert of the first seed kept: a bar per width, none where a layer is gone."""
+    anatomy = on.subject.anatomy
+    panels = []
+    for name in OURS.values():
+        path = on.folder / slug(name, on.seeds[0]) / "plan.json"
+        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+        panels += [
+            (name, span, one) for span, one in zip(plan.intervals, plan.blueprints, strict=True)
+        ]
+    figure = Figure(figsize=(11, 1.3 * len(panels) + 2.5), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True)
+    for axis, (name, (low, high), blueprint) in zip(axes, panels, strict=True):
+        shares = kept(on.subject, blueprint)
+        colours = [f"C{anatomy.layers[place].stage}" for place, _ in shares.values()]
+        axis.bar(list(shares), [share for _, share in shares.values()], color=colours)
+        axis.set_title(f"{name}, timesteps {low} to {high - 1}", fontsize="medium", loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].tick_params(axis="x", rotation=90, labelsize="small")
+    figure.supylabel("share of its units that a width keeps; colours: stages")
+    return figure
+
+
+def kept(subject: Subject, blueprint: Blueprint) -> dict[str, tuple[int, float]]:
+    """Width -> its layer's place in the network, and the share of units that it keeps."""
+    anatomy, mask = subject.anatomy, blueprint.mask(subject.anatomy)
+    return {
+        width.name: (
+            place,
+            0.0 if layer.name in blueprint.drop else mask[anatomy.spans[width.name]].mean().item(),
+        )
+        for place, layer in enumerate(anatomy.layers)
+        for width in layer.widths
+    }
+
+
+def main() -> None:
+    """Make the table and the plots."""
+    options = parse_args(__doc__.splitlines()[0])
+    on = load(options, "budgets", effort=EFFORT)
+    figures = collect(rows(on), on)
+    lines = summarise(figures, OURS[HALF])
+    about = (
+        "Budgets are shares of the base model's MACs. `taylor`, `diff-pruning` and `torch-pruning` "
+        "prune one model, without elastic tuning. " + describe(on)
+    )
+    write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
+    write_plot("budgets", curve(figures), on)
+    write_plot("budgets-architectures", architectures(on), on)
+
+
+if __name__ == "__main__":
+    main()
