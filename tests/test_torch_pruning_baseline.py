@@ -22,20 +22,24 @@ def share_of(pruned: torch.nn.Module, subject: moediff.Subject) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keep_path", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "class-conditional"])
 def test_it_lands_near_the_share_and_what_remains_can_be_trained(
-    kind: str, scheduler: DDPMScheduler
+    kind: str, keep_path: bool, scheduler: DDPMScheduler
 ):
     subject = moediff.installed().dissect(tiny_unet(kind, block_out_channels=(16, 32)), scheduler)
     task = tiny_task(labelled=kind == "class-conditional")
     before = {name: value.clone() for name, value in subject.denoiser.state_dict().items()}
     state = torch.get_rng_state()
-    net = prune_with_torch_pruning(subject, task, 0.6, seed=0)
+    net = prune_with_torch_pruning(subject, task, 0.6, seed=0, keep_path=keep_path)
     assert torch.equal(torch.get_rng_state(), state)
     after = subject.denoiser.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(p.grad is None for m in (net, subject.denoiser) for p in m.parameters())
     assert 0.5 < share_of(net, subject) <= 0.6
+    if keep_path:
+        up = net.up_blocks[-1].resnets[-1].conv2.out_channels
+        assert (net.conv_in.out_channels, up) == (16, 16)
 
     # An anatomy of its own: it is a denoiser as any other.
     own = moediff.installed().dissect(net, scheduler)
