@@ -14,32 +14,16 @@ from typing import Any
 
 import attrs
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 
 import moediff
+from benchmarks.paper_models import BEDROOM, GUIDED_64, random_model
 from benchmarks.tables import write_markdown
-from moediff import Budget, Run, Sampling, Subject, Task
+from moediff import Budget, Run, Sampling
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.latency import Latency
 from moediff_plugins.metrics.memory import Memory
 from moediff_plugins.scorers.random import Random
-
-LDM: dict[str, Any] = {
-    "norm_num_groups": 32,
-    "layers_per_block": 2,
-    "attention_head_dim": 32,
-    "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
-    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
-}
-GUIDED: dict[str, Any] = LDM | {
-    "layers_per_block": 3,
-    "attention_head_dim": 64,
-    "num_class_embeds": 1000,
-    "resnet_time_scale_shift": "scale_shift",
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-}
 
 
 @attrs.frozen
@@ -56,14 +40,14 @@ class Case:
 CASES = (
     Case(
         "Guided Diffusion 64",
-        GUIDED | {"sample_size": 64, "out_channels": 6, "block_out_channels": (192, 384, 576, 768)},
+        GUIDED_64,
         0.71,
         "32.1 / 70.2 ms = 0.46",
         "3689 / 3965 M = 0.93",
     ),
     Case(
         "LDM, 64x64x3 latents",
-        LDM | {"sample_size": 64, "block_out_channels": (224, 448, 672, 896)},
+        BEDROOM,
         0.77,
         "35.11 / 68.82 ms = 0.51",
         "4094 / 5603 M = 0.73",
@@ -72,18 +56,9 @@ CASES = (
 """The paper's LDM is conditional (cin256-v2); this is the unconditional one of the same kind."""
 
 
-def build(case: Case, device: str) -> tuple[Subject, Task]:
-    """The full model with random weights, and a task of its shape."""
-    with torch.device(device):
-        model = UNet2DModel(**case.config).eval()
-    subject = moediff.installed().dissect(model, DDPMScheduler())
-    labels = case.config.get("num_class_embeds") and {"class_labels": torch.zeros(4).long()}
-    return subject, Task(torch.zeros(4, *subject.shape), labels or {})
-
-
 def row(case: Case, options: argparse.Namespace) -> dict[str, str]:
     """Discard, expand, and measure beside the full model."""
-    subject, task = build(case, options.device)
+    subject, task = random_model(case.config, options.device)
     budget = Budget(1 - case.discard, Params())
     recipe = moediff.load_recipe("moedm", scorer=Random(), recover=None, budget=budget)
     mixture = moediff.build_experts(subject.denoiser, subject.scheduler, task, recipe)
@@ -121,7 +96,7 @@ def main() -> None:
         "weights and one call, in float32. The paper's figures are from one A100."
     )
     lines = [row(case, options) for case in CASES]
-    made_by = "python -m benchmarks.paper_size"
+    made_by = f"python -m benchmarks.paper_size --pairs {options.pairs}"
     made_by += f" --device {options.device}" if options.device != "cpu" else ""
     title = "One call at the paper's sizes (MoEDM Tables 1, 2 and 6)"
     path = options.results / f"paper_size-{options.device}.md"

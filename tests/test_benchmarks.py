@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import moediff
-from benchmarks import budgets, settings, tables
+from benchmarks import budgets, paper_speed, settings, tables
 from benchmarks import recipes as recipes_of
 from benchmarks.ladder import RUNGS
 from benchmarks.scores import Channels, zeroed
 from moediff import Blueprint, ExpertMixture, Intervals, Plan
 from moediff.masking import masked
+from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.scorers.taylor import Taylor
 
@@ -98,6 +99,20 @@ def test_every_rung_and_every_budget_takes_as_many_optimiser_batches(on: setting
         batches += elastic.depth_steps + elastic.width_steps if elastic else 0
         assert batches == 1600
     assert budgets.by_score(on, Taylor()).recover.steps == 1600
+
+
+@pytest.mark.parametrize("dropped", [0, 2])
+def test_an_even_plan_just_meets_its_budget(on: settings.Setting, dropped: int):
+    prices = MACs().price(on.subject)
+    plan = paper_speed.plan_at(on.subject, prices, 0.5, dropped)
+    share = plan.cost(prices, on.sampling)["live"] / prices.full
+    assert 0.47 < share <= 0.5
+    (blueprint,) = plan.blueprints
+    assert len(blueprint.drop) == dropped
+    # One share s for all: a width of W units keeps the smallest number that is not below s W.
+    counts = {name: on.subject.anatomy.widths[name].count for name in blueprint.keep}
+    left = [(len(kept), counts[name]) for name, kept in blueprint.keep.items()]
+    assert max((kept - 1) / count for kept, count in left) < min(k / count for k, count in left)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,138 @@
+"""What DiffPruning's budgets save in time at the paper's sizes (Table 1, Bedroom and Church).
+
+The weights are random, because time does not depend on them. Which units go decides how much of the
+MACs' saving becomes time, so every budget is met in two ways: by narrower widths alone, and by
+widths after half of the layers that depth may drop. One call at batch 4 is timed beside the full
+model's, in pairs.
+
+    python -m benchmarks.paper_speed
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from benchmarks.paper_models import BEDROOM, CHURCH, random_model
+from benchmarks.tables import write_markdown
+from moediff import Blueprint, ExpertMixture, Intervals, Plan, Run, Sampling, Scores, Subject, Task
+from moediff.cost import CostModel
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.counters.params import Params
+from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.pruners.structural import Structural
+
+HALVINGS = 20  # of the search for the share that a width keeps
+
+
+@attrs.frozen
+class Case:
+    """A model of the paper, and by how much each budget made its sampling faster there."""
+
+    name: str
+    config: dict[str, Any]
+    speed_ups: dict[float, float]
+
+
+CASES = (
+    Case("Bedroom", BEDROOM, {0.7: 1.55, 0.5: 1.87, 0.3: 2.35}),
+    Case("Church", CHURCH, {0.7: 1.11, 0.5: 1.21, 0.3: 1.32}),
+)
+
+
+def plan_at(subject: Subject, prices: CostModel, share: float, dropped: int) -> Plan:
+    """One expert that lost so many layers, and of every width an equal share, to meet a budget.
+
+    Args:
+        subject: the full model.
+        prices: of the counter that the budget is in.
+        share: of the full model's cost.
+        dropped: how many layers go, in the order of DiffPruning Supp. 2.3.
+    """
+    units = subject.anatomy.units
+    space = Structural().space(subject, Scores(torch.zeros(len(units))))
+
+    def mask_at(kept: float) -> torch.Tensor:
+        mask = torch.ones(len(units), dtype=torch.float64)
+        for chain in space.chains:
+            layers = units[chain.units[0]].width is None
+            gone = (
+                dropped if layers else min(int(len(chain.units) * (1 - kept)), len(chain.units) - 1)
+            )
+            mask[list(chain.units[:gone])] = 0
+        return mask
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        kept = (low + high) / 2
+        fits = float(prices.total(mask_at(kept)[None], (1.0,))) <= share * prices.full
+        low, high = (kept, high) if fits else (low, kept)
+    blueprint = Blueprint.from_mask(subject.anatomy, mask_at(low))
+    return Plan(Intervals.uniform(subject.total, 1), (blueprint,))
+
+
+def droppable(subject: Subject) -> int:
+    """How many layers depth may drop."""
+    space = Structural().space(subject, Scores(torch.zeros(len(subject.anatomy.units))))
+    return sum(
+        len(c.units) for c in space.chains if subject.anatomy.units[c.units[0]].width is None
+    )
+
+
+def row(
+    case: Case, subject: Subject, task: Task, share: float, dropped: int, pairs: int
+) -> dict[str, str]:
+    """Cut, and time beside the full model."""
+    macs, params = MACs().price(subject), Params().price(subject)
+    plan = plan_at(subject, macs, share, dropped)
+    mixture = ExpertMixture.from_experts([subject], plan).eval()
+    run = Run(sampling=Sampling("ddim", 1), device=subject.device, verbose=True)
+    time = Latency(batch=4, pairs=pairs).measure(mixture, subject, task, run)
+    low, high = (1 / (time.value + sign * (time.spread or 0) / 2) for sign in (1, -1))
+    left = plan.cost(macs, run.sampling)["live"] / macs.full
+    return {
+        "model": case.name,
+        "budget": f"{share:.0%}",
+        "layers dropped": str(dropped),
+        "params": f"{plan.cost(params, run.sampling)['live'] / params.full:.2f}",
+        "MACs": f"{left:.3f}",
+        "fewer MACs": f"x{1 / left:.2f}",
+        "faster": f"x{1 / time.value:.2f} ({low:.2f} to {high:.2f})",
+        "paper's": f"x{case.speed_ups[share]:.2f}",
+    }
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of calls per row")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    lines = []
+    for case in CASES:
+        subject, task = random_model(case.config, options.device)
+        for share in case.speed_ups:
+            for dropped in (0, droppable(subject) // 2):
+                lines.append(row(case, subject, task, share, dropped, options.pairs))
+                print(lines[-1], flush=True)
+    about = (
+        "Models with random weights. Every width keeps an equal share of its units; where layers "
+        "are dropped, the deepest ones go first. Params and MACs are shares of the full model's, "
+        f"the speed-up is the median of {options.pairs} pairs of calls at batch 4, with the "
+        "quartiles. The paper's are of whole samplings on one A100, for experts that its agent "
+        "chose."
+    )
+    made_by = f"python -m benchmarks.paper_speed --pairs {options.pairs}"
+    made_by += f" --device {options.device}" if options.device != "cpu" else ""
+    title = "DiffPruning's budgets as time (Table 1, a and c)"
+    path = options.results / f"paper_speed-{options.device}.md"
+    write_markdown(path, title, about, lines, made_by, torch.device(options.device))
+
+
+if __name__ == "__main__":
+    main()
