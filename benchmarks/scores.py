@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from typing import Any
 
 import attrs
@@ -93,7 +92,7 @@ class Channels:
     on: Setting
     subject: Subject
     prices: CostModel
-    known: dict[tuple[str, int], tuple[torch.Tensor, float]] = attrs.field(factory=dict)
+    known: dict[tuple[str, int], tuple[torch.Tensor, int]] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, on: Setting) -> Channels:
@@ -115,14 +114,21 @@ class Channels:
             for layer in self.subject.anatomy.layers
         }
 
-    def scores(self, name: str, seed: int) -> tuple[torch.Tensor, float]:
-        """A scorer's scores (M,), and how many seconds they took."""
+    def scores(self, name: str, seed: int) -> tuple[torch.Tensor, int]:
+        """A scorer's scores (M,), and how many images it passed through the denoiser for them."""
         if (name, seed) not in self.known:
-            steps = min(self.on.sampling.steps, 10)
-            run = Run(sampling=Sampling("ddim", steps, seed=seed), seed=seed, verbose=True)
-            started = time.perf_counter()
-            found = scorers(self.on)[name].score(self.subject, self.on.task, run).values
-            self.known[name, seed] = found, time.perf_counter() - started
+            sampling = Sampling("ddim", min(self.on.sampling.steps, 10), seed=seed)
+            cache = self.on.folder / "stages"
+            run = Run(sampling=sampling, seed=seed, cache=cache, verbose=True)
+            scorer = scorers(self.on)[name]
+            values = run.stage(
+                "scores",
+                (self.subject.denoiser, sampling, self.on.task, scorer),
+                lambda: scorer.score(self.subject, self.on.task, run).values,
+                pack=lambda result: ({"values": result}, None),
+                unpack=lambda tensors, _: tensors["values"],
+            )
+            self.known[name, seed] = values, run.ledger["scores"].samples
         return self.known[name, seed]
 
     def closed(self, name: str, share: float) -> Row:
@@ -131,10 +137,10 @@ class Channels:
 
     def intact(self) -> Row:
         """The row of the whole model."""
-        return lambda seed: self._figures(torch.zeros(len(self.prices.units)), 0.0, 0.0, seed)
+        return lambda seed: self._figures(torch.zeros(len(self.prices.units)), 0, 0.0, seed)
 
     def _figures(
-        self, scores: torch.Tensor, seconds: float, share: float, seed: int
+        self, scores: torch.Tensor, images: int, share: float, seed: int
     ) -> dict[str, float]:
         order = scores.argsort()
         fits = self.prices.units[order].cumsum(0) <= share * self.prices.full
@@ -145,7 +151,7 @@ class Channels:
         found = {
             "removed": whole / self.prices.full,
             "mid-layers": sum(removed[name] for name in self.middle) / max(whole, 1),
-            "scoring, s": seconds,
+            "images": float(images),
         }
         model, run = zeroed(self.subject, masks), metric_run(self.on, seed)
         for metric in image_metrics(self.on):
@@ -191,7 +197,8 @@ def main() -> None:
         f"Channels of the {on.name} base model are zeroed in the order of their scores, the lowest "
         "first, without any training. `removed` is their share of all parameters, `mid-layers` the "
         "share of what was removed that lay in the layers with the most channels; those hold "
-        f"{share:.0%} of what channels hold. Distances compare {on.samples} images "
+        f"{share:.0%} of what channels hold. `images` counts those that the scorer passed through "
+        f"the denoiser. Distances compare {on.samples} images "
         f"({on.sampling.scheduler}, {on.sampling.steps} steps) with {len(on.reference)} real ones; "
         f"they are not FID or KID. Means over the seeds {', '.join(map(str, on.seeds))} with their "
         "standard deviation; differences are paired by seed, with a 95 % confidence interval."

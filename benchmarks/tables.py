@@ -39,7 +39,6 @@ class Trained:
     plan: Plan
     steps: int = 0
     images: int = 0
-    seconds: float = 0.0
 
 
 Row = Callable[[int], Mapping[str, float]]
@@ -65,10 +64,8 @@ def train(
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    steps, images, seconds = (
-        sum(spent[key] for spent in ledger.values()) for key in ("steps", "samples", "seconds")
-    )
-    return Trained(mixture, mixture.plan, steps, images, seconds)
+    steps, images = (sum(spent[key] for spent in ledger.values()) for key in ("steps", "samples"))
+    return Trained(mixture, mixture.plan, steps, images)
 
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
@@ -87,7 +84,6 @@ def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
         "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,
         "steps": float(row.steps),
         "images": float(row.images),
-        "seconds": row.seconds,
     }
     run = metric_run(on, seed)
     latency = Latency(batch=4, pairs=3 if on.options.quick else 15)
@@ -174,15 +170,16 @@ def summarise(figures: Figures, against: str | Mapping[str, str]) -> list[dict[s
     return lines
 
 
-def plain(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def plain(value: float, digits: int = 3, sign: str = "") -> str:
+    """So many significant digits, or all of those before the point, without an exponent."""
+    rounded = float(f"{value:.{digits}g}") if abs(value) < 10**digits else round(value)
+    return f"{rounded:{sign}.10f}".rstrip("0").rstrip(".")
 
 
 def spread(values: Sequence[float]) -> str:
     """The mean, and the standard deviation if there are several."""
-    mean = f"{statistics.mean(values):.3g}"
-    return f"{mean} ± {statistics.stdev(values):.1g}" if len(values) > 1 else mean
+    mean = plain(statistics.mean(values))
+    return f"{mean} ± {plain(statistics.stdev(values), 2)}" if len(values) > 1 else mean
 
 
 def difference(gaps: Sequence[float]) -> str:
@@ -192,10 +189,10 @@ def difference(gaps: Sequence[float]) -> str:
     """
     mean = statistics.mean(gaps)
     if len(gaps) < 2:
-        return f"{mean:+.2g}"
+        return plain(mean, 2, "+")
     error = statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = float(stats.t.ppf(0.975, len(gaps) - 1)) * error
-    return f"{mean:+.2g} [{mean - half:+.2g}, {mean + half:+.2g}]"
+    return f"{plain(mean, 2, '+')} [{plain(mean - half, 2, '+')}, {plain(mean + half, 2, '+')}]"
 
 
 def write_table(

@@ -82,7 +82,7 @@ def test_differences_are_paired_by_seed():
         "b": [{"steps": 9.0, "FD[digits]": 3.0}, {"steps": 9.0, "FD[digits]": 15.0}],
     }
     first, second = tables.summarise(figures, "a")
-    assert first == {"model": "a", "steps": "5", "FD[digits]": "6 ± 7", "FD[digits] less a": ""}
+    assert first == {"model": "a", "steps": "5", "FD[digits]": "6 ± 7.1", "FD[digits] less a": ""}
     # 2 and 4: their mean has a standard error of 1, and t(0.975) is 12.7 for two of them.
     assert second["FD[digits] less a"] == "+3 [-9.7, +16]"
     lines = tables.summarise(figures, {"a": "b"})
