@@ -64,7 +64,7 @@ def losses(on: Setting, seed: int) -> list[dict[str, list[float]]]:
     def rank(expert: Subject) -> SearchSpace:
         return Structural().space(expert, Magnitude().score(expert, on.task, run))
 
-    phase = on.steps * EXPERTS
+    phase = on.steps
     subnets = 3 if on.options.quick else 12
     tuner = Elastic(phase, phase, batch=on.batch, learning_rate=on.rate, subnets=subnets)
     elastic = tuner.prepare(given, rank, intervals, on.task, run)
@@ -89,7 +89,7 @@ def _tuned(
 ) -> Sequence[nn.Module]:
     """Every expert's sub-network, cut out and fine-tuned on its interval."""
     run = Run(sampling=on.sampling, seed=seed * 100 + number, device=on.subject.device)
-    tuner = attrs.evolve(finetune(on), steps=max(EXPERTS, on.steps // 2))
+    tuner = attrs.evolve(finetune(on), steps=max(EXPERTS, on.steps // 4))
     mixture = ExpertMixture.from_experts(experts, plan)
     return list(tuner.recover(mixture, on.task, on.subject, run).experts)
 
@@ -169,7 +169,7 @@ def main() -> None:
         "with probability 0.5, each width has lost a uniform share of its units. `loss, base` and "
         "`loss, elastic` are mean denoising losses as masks of the base and of the expert after "
         f"{on.steps} steps of elastic depth and {on.steps} of elastic width on its interval; "
-        f"`tuned` after {max(EXPERTS, on.steps // 2) // EXPERTS} more steps of fine-tuning. "
+        f"`tuned` after {max(EXPERTS, on.steps // 4) // EXPERTS} more steps of fine-tuning. "
         "`rank` is Spearman's correlation with the loss after fine-tuning from the same weights. "
         f"Steps have {on.batch} images. Means over the seeds {', '.join(map(str, on.seeds))}; "
         "differences are paired by seed, with a 95 % confidence interval."

@@ -21,6 +21,7 @@ from benchmarks.paper_models import BEDROOM, CHURCH, random_model
 from benchmarks.tables import write_markdown
 from moediff import Blueprint, ExpertMixture, Intervals, Plan, Run, Sampling, Scores, Subject, Task
 from moediff.cost import CostModel
+from moediff.errors import BudgetError
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.latency import Latency
@@ -52,6 +53,9 @@ def plan_at(subject: Subject, prices: CostModel, share: float, dropped: int) -> 
         prices: of the counter that the budget is in.
         share: of the full model's cost.
         dropped: how many layers go, in the order of DiffPruning Supp. 2.3.
+
+    Raises:
+        BudgetError: not even with one unit of every width.
     """
     units = subject.anatomy.units
     space = Structural().space(subject, Scores(torch.zeros(len(units))))
@@ -66,11 +70,15 @@ def plan_at(subject: Subject, prices: CostModel, share: float, dropped: int) -> 
             mask[list(chain.units[:gone])] = 0
         return mask
 
+    def share_at(kept: float) -> float:
+        return float(prices.total(mask_at(kept)[None], (1.0,))) / prices.full
+
     low, high = 0.0, 1.0
+    if share_at(low) > share:
+        raise BudgetError(f"share: got {share:.4g}; equal widths reach {share_at(low):.4g}.")
     for _ in range(HALVINGS):
         kept = (low + high) / 2
-        fits = float(prices.total(mask_at(kept)[None], (1.0,))) <= share * prices.full
-        low, high = (kept, high) if fits else (low, kept)
+        low, high = (kept, high) if share_at(kept) <= share else (low, kept)
     blueprint = Blueprint.from_mask(subject.anatomy, mask_at(low))
     return Plan(Intervals.uniform(subject.total, 1), (blueprint,))
 
