@@ -27,12 +27,15 @@ from benchmarks.tables import (
     slug,
     summarise,
     trained,
+    write_picture,
     write_plot,
     write_table,
 )  # fmt: skip
 from benchmarks.torch_pruning_baseline import pruned_row
-from moediff import Blueprint, Plan, Recipe, Subject
+from moediff import Plan, Recipe
 from moediff.roles import Scorer
+from moediff.storage import read_packed
+from moediff_plugins import report
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.taylor import Taylor
@@ -92,40 +95,26 @@ def curve(figures: Figures) -> Figure:
     return figure
 
 
-def architectures(on: Setting) -> Figure:
-    """What each expert of the first seed kept: a bar per width, none where a layer is gone."""
-    anatomy = on.subject.anatomy
-    panels = []
-    for name in OURS.values():
-        path = on.folder / slug(name, on.seeds[0]) / "plan.json"
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
-        panels += [
-            (name, span, one) for span, one in zip(plan.intervals, plan.blueprints, strict=True)
-        ]
-    figure = Figure(figsize=(11, 1.3 * len(panels) + 2.5), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True)
-    for axis, (name, (low, high), blueprint) in zip(axes, panels, strict=True):
-        shares = kept(on.subject, blueprint)
-        colours = [f"C{anatomy.layers[place].stage}" for place, _ in shares.values()]
-        axis.bar(list(shares), [share for _, share in shares.values()], color=colours)
-        axis.set_title(f"{name}, timesteps {low} to {high - 1}", fontsize="medium", loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].tick_params(axis="x", rotation=90, labelsize="small")
-    figure.supylabel("share of its units that a width keeps; colours: stages")
-    return figure
+def intervals_of(on: Setting) -> report.Figure:
+    """The alignment of the timesteps, from the first seed of the row at half of the MACs."""
+    folder = on.folder / slug(OURS[HALF], on.seeds[0])
+    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    records, _ = read_packed(folder / "records.safetensors")
+    return report.alignment_plot(
+        "Alignment",
+        "",
+        records["intervals/similarity"],
+        plan.intervals.cuts,
+        objective=records["intervals/objective"],
+        held_out=records["intervals/held-out-fit"],
+    )
 
 
-def kept(subject: Subject, blueprint: Blueprint) -> dict[str, tuple[int, float]]:
-    """Width -> its layer's place in the network, and the share of units that it keeps."""
-    anatomy, mask = subject.anatomy, blueprint.mask(subject.anatomy)
-    return {
-        width.name: (
-            place,
-            0.0 if layer.name in blueprint.drop else mask[anatomy.spans[width.name]].mean().item(),
-        )
-        for place, layer in enumerate(anatomy.layers)
-        for width in layer.widths
-    }
+def experts_of(on: Setting, share: float) -> report.Figure:
+    """What the experts of a budget keep, from the first seed."""
+    path = on.folder / slug(OURS[share], on.seeds[0]) / "plan.json"
+    plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    return report.plan_plot(OURS[share], "", on.subject.anatomy, plan)
 
 
 def main() -> None:
@@ -140,7 +129,9 @@ def main() -> None:
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
     write_plot("budgets", curve(figures), on)
-    write_plot("budgets-architectures", architectures(on), on)
+    write_picture("budgets-alignment", intervals_of(on), on)
+    for share in OURS:
+        write_picture(f"budgets-experts-{100 * share:.0f}", experts_of(on, share), on)
 
 
 if __name__ == "__main__":

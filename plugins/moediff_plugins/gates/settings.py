@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
+from moediff_plugins.tuners.training import Settings
 
-@attrs.frozen
-class Plain:
-    """The settings that `training.train` reads: no schedule, warm-up, clipping or average."""
 
-    learning_rate: float
-    weight_decay: float
-    save_every: int
+@attrs.frozen(kw_only=True)
+class Plain(Settings):
+    """No schedule, warm-up, clipping or moving average."""
+
     schedule: str = "constant"
     warmup: float = 0.0
-    clip: float = float("inf")
+    clip: float = math.inf
     ema: float = 0.0

@@ -6,9 +6,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
+import attrs
 import torch
+from attrs.validators import ge, gt, in_, lt
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -29,8 +31,9 @@ the generator. It calls `backward` itself, because under gradient checkpointing 
 the forward again, and what held for them (masks) must still hold."""
 
 
-class Settings(Protocol):
-    """The fields that `train` reads from a tuner; the tuners' `precision` is for `autocast`.
+@attrs.frozen(kw_only=True)
+class Settings:
+    """How to train, the same fields in all tuners.
 
     Attributes:
         learning_rate: AdamW's, at its peak (Loshchilov and Hutter, 2019).
@@ -40,22 +43,17 @@ class Settings(Protocol):
         clip: largest norm of the gradient of all parameters together.
         ema: decay of the moving average of the weights, which replaces them at the end; 0 is off.
         save_every: steps between two checkpoints.
+        precision: what losses are computed in, a name from `PRECISIONS`; see `autocast`.
     """
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def warmup(self) -> float: ...
-    @property
-    def clip(self) -> float: ...
-    @property
-    def ema(self) -> float: ...
-    @property
-    def save_every(self) -> int: ...
+    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
+    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
+    clip: float = attrs.field(default=1.0, validator=gt(0))
+    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
+    save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
 
 def train(
