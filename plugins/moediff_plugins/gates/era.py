@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import attrs
 import torch
-from attrs.validators import ge, in_
+from attrs.validators import ge, gt, in_
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -17,14 +17,14 @@ from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
-from moediff_plugins.gates.soft import Settings, allowance_of, learn, logit
+from moediff_plugins.gates.soft import Noise, allowance_of, learn, logit
 
 SPREAD = 0.2
 """How soft the start at the budget is: p falls from 73 to 27 % over twice this share of a chain."""
 
 
 @attrs.frozen
-class ERA(Settings):
+class ERA:
     """Train a GRU that predicts every keep probability from fixed noise (DiffPruning Eq. 6-15).
 
     Two departures from the print, both for a reason. Eq. 7 adds one Gumbel(0, 1) draw, which keeps
@@ -40,7 +40,8 @@ class ERA(Settings):
     Records: see `soft.learn`.
 
     Attributes:
-        hidden: the GRU's width; its input is half as wide. For the rest see `soft.Settings`.
+        steps: see `soft.Settings` for this field and those that follow.
+        hidden: the GRU's width; its input is half as wide.
         start: "even" draws the dense layers as usual, which keeps about half of every chain;
             "budget" shifts their biases so that the first plan costs what it should. That helps
             where steps are few.
@@ -48,6 +49,14 @@ class ERA(Settings):
 
     needs: ClassVar[frozenset[str]] = frozenset({"prices"})
 
+    steps: int = attrs.field(default=1000, validator=ge(1))
+    batch: int = attrs.field(default=32, validator=ge(1))
+    learning_rate: float = attrs.field(default=1e-3, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.01, validator=ge(0))
+    temperature: float = attrs.field(default=0.4, validator=gt(0))
+    noise: Noise = attrs.field(default="logistic", validator=in_(("logistic", "gumbel")))
+    penalty: float = attrs.field(default=1.0, validator=gt(0))
+    save_every: int = attrs.field(default=500, validator=ge(1))
     hidden: int = attrs.field(default=256, validator=ge(2))
     start: Literal["even", "budget"] = attrs.field(
         default="even", validator=in_(("even", "budget"))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import attrs
 import torch
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, in_
 from torch import nn
 
 from moediff.cost import Budget
@@ -16,11 +16,11 @@ from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
-from moediff_plugins.gates.soft import Settings, allowance_of, learn, logit
+from moediff_plugins.gates.soft import Noise, allowance_of, learn, logit
 
 
 @attrs.frozen
-class Independent(Settings):
+class Independent:
     """Train one logit per unit and expert, with the ERA's loss and nothing else of it (Sec. 4.2).
 
     The naive parameterisation v = sigmoid((b + n) / tau); the print has -(b + n), which names b
@@ -28,13 +28,22 @@ class Independent(Settings):
     except for the last of each chain, which always stays. With `experts=1` it is the paper's
     Baseline, with more the rung "+ Mixture of Experts".
 
-    The settings are those of `soft.Settings`, the records those of `soft.learn`.
+    Records: see `soft.learn`.
+
+    Attributes:
+        steps: see `soft.Settings` for this field and those that follow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prices"})
 
+    steps: int = attrs.field(default=1000, validator=ge(1))
+    batch: int = attrs.field(default=32, validator=ge(1))
     learning_rate: float = attrs.field(default=1e-2, validator=gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    temperature: float = attrs.field(default=0.4, validator=gt(0))
+    noise: Noise = attrs.field(default="logistic", validator=in_(("logistic", "gumbel")))
+    penalty: float = attrs.field(default=1.0, validator=gt(0))
+    save_every: int = attrs.field(default=500, validator=ge(1))
 
     def allocate(
         self,

@@ -187,11 +187,7 @@ class LearnedExpansion:
             total.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        settings = Plain(
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            save_every=self.save_every,
-        )
+        settings = Plain(self.learning_rate, self.weight_decay, self.save_every)
         parameters = list(model.parameters())
         train(settings, "expansion", model, parameters, descend, self.steps, self.batch, run)
         return model.gates().detach().cpu()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import attrs
 
-from moediff_plugins.tuners.training import Settings
 
+@attrs.frozen
+class Plain:
+    """The settings that `training.train` reads: no schedule, warm-up, clipping or average."""
 
-@attrs.frozen(kw_only=True)
-class Plain(Settings):
-    """No schedule, warm-up, clipping or moving average."""
-
+    learning_rate: float
+    weight_decay: float
+    save_every: int
     schedule: str = "constant"
     warmup: float = 0.0
-    clip: float = math.inf
+    clip: float = float("inf")
     ema: float = 0.0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, Protocol
 
-import attrs
 import torch
-from attrs.validators import ge, gt, in_
 from torch import nn
 
 from moediff.cost import Allowance, Budget
@@ -25,9 +23,8 @@ from moediff_plugins.tuners.training import Descend, train
 Noise = Literal["logistic", "gumbel"]
 
 
-@attrs.frozen
-class Settings:
-    """How masks are learned, the same fields in all gates that learn them.
+class Settings(Protocol):
+    """The fields that `learn` reads from a gate.
 
     Attributes:
         steps: optimiser steps; each one passes a batch through every expert.
@@ -40,14 +37,22 @@ class Settings:
         save_every: steps between two checkpoints.
     """
 
-    steps: int = attrs.field(default=1000, validator=ge(1))
-    batch: int = attrs.field(default=32, validator=ge(1))
-    learning_rate: float = attrs.field(default=1e-3, validator=gt(0))
-    weight_decay: float = attrs.field(default=0.01, validator=ge(0))
-    temperature: float = attrs.field(default=0.4, validator=gt(0))
-    noise: Noise = attrs.field(default="logistic", validator=in_(("logistic", "gumbel")))
-    penalty: float = attrs.field(default=1.0, validator=gt(0))
-    save_every: int = attrs.field(default=500, validator=ge(1))
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def noise(self) -> Noise: ...
+    @property
+    def penalty(self) -> float: ...
+    @property
+    def save_every(self) -> int: ...
 
 
 def allowance_of(
@@ -118,11 +123,7 @@ def learn(
         return value
 
     with frozen(experts):
-        plain = Plain(
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            save_every=settings.save_every,
-        )
+        plain = Plain(settings.learning_rate, settings.weight_decay, settings.save_every)
         rows = settings.batch * len(experts)
         train(plain, name, logits, list(logits.parameters()), loss, settings.steps, rows, run)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs.validators import ge, instance_of, le, optional
+from attrs.validators import ge, gt, in_, instance_of, le, lt, optional
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -19,7 +19,8 @@ from moediff.task import Task, corrupt, denoising_loss
 from moediff.workdir import Run
 from moediff_plugins.tuners.teacher import check_prompts, teacher_task
 from moediff_plugins.tuners.training import (
-    Settings,
+    PRECISIONS,
+    SCHEDULES,
     autocast,
     train,
     trainable,
@@ -39,7 +40,7 @@ def _sampling(value: Any) -> Any:
 
 
 @attrs.frozen
-class Distill(Settings):
+class Distill:
     """Fit the full model's output on images that it made, first tied, then each copy by itself.
 
     The full model generates the training set once, from the task's training prompts, with seeds
@@ -62,7 +63,8 @@ class Distill(Settings):
         sampling: how it generates them: a `Sampling` or a table of its fields, with a seed of its
             own. None is the recipe's, with other seeds.
         mix: share of the loss that is the denoising loss on the task's own images.
-        batch: B, images per step, and per batch of generation; the rest: see `training.Settings`.
+        batch: B, images per step, and per batch of generation.
+        learning_rate: see `training.Settings` for this field and those that follow.
     """
 
     steps: int = attrs.field(default=1000, validator=ge(0))
@@ -73,6 +75,14 @@ class Distill(Settings):
     )
     mix: float = attrs.field(default=0.0, validator=[ge(0), le(1)])
     batch: int = attrs.field(default=64, validator=ge(1))
+    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
+    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
+    clip: float = attrs.field(default=1.0, validator=gt(0))
+    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
+    save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def recover(
         self, mixture: ExpertMixture, task: Task, teacher: Subject, run: Run

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import attrs
 import torch
-from attrs.validators import ge, le
+from attrs.validators import ge, gt, in_, le, lt
 
 from moediff.masking import masked
 from moediff.plan import SearchSpace
@@ -18,7 +18,8 @@ from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.tuners.training import (
-    Settings,
+    PRECISIONS,
+    SCHEDULES,
     autocast,
     share,
     train,
@@ -31,7 +32,7 @@ Draw = Callable[[torch.Generator], torch.Tensor]
 
 
 @attrs.frozen
-class Elastic(Settings):
+class Elastic:
     """Give each interval its own expert: elastic depth, rank the units again, elastic width.
 
     Depth: per batch, every layer of the search space is passed over with probability `p`,
@@ -50,8 +51,8 @@ class Elastic(Settings):
         width_steps: optimiser steps with elastic width, summed over the experts.
         p: probability that a layer is passed over in a batch.
         batch: B, images per step.
-        subnets: S, how many sub-networks of every expert are compared; the rest: see
-            `training.Settings`.
+        subnets: S, how many sub-networks of every expert are compared.
+        learning_rate: see `training.Settings` for this field and those that follow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"widths"})
@@ -61,6 +62,14 @@ class Elastic(Settings):
     p: float = attrs.field(default=0.5, validator=[ge(0), le(1)])
     batch: int = attrs.field(default=64, validator=ge(1))
     subnets: int = attrs.field(default=12, validator=ge(0))
+    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
+    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
+    clip: float = attrs.field(default=1.0, validator=gt(0))
+    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
+    save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def prepare(
         self, experts: Sequence[Subject], rank: Rank, intervals: Intervals, task: Task, run: Run

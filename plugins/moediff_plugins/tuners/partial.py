@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs.validators import gt, le
+from attrs.validators import ge, gt, in_, le, lt
 from torch import nn
 
 from moediff.errors import OptionError
@@ -15,12 +15,12 @@ from moediff.sampling import predict
 from moediff.subject import Subject, preserved
 from moediff.task import Task
 from moediff.workdir import Run
-from moediff_plugins.tuners.training import trainable
-from moediff_plugins.tuners.turns import TurnSettings, train_in_turns
+from moediff_plugins.tuners.training import PRECISIONS, SCHEDULES, trainable
+from moediff_plugins.tuners.turns import train_in_turns
 
 
 @attrs.frozen
-class Partial(TurnSettings):
+class Partial:
     """Untie the mixture and train its last layers with the denoising loss, the experts in turns.
 
     The paper trains 29 % of the parameters and does not say which. Here whole layers are taken
@@ -31,10 +31,23 @@ class Partial(TurnSettings):
     base froze counts and stays frozen. Records: see `turns.train_in_turns`.
 
     Attributes:
-        share: largest share of the parameters to train; the rest: see `turns.TurnSettings`.
+        share: largest share of the parameters to train.
+        steps: optimiser steps, summed over the experts.
+        batch: B, images per step.
+        learning_rate: see `training.Settings` for this field and those that follow.
     """
 
     share: float = attrs.field(default=0.29, validator=[gt(0), le(1)])
+    steps: int = attrs.field(default=1000, validator=ge(0))
+    batch: int = attrs.field(default=64, validator=ge(1))
+    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
+    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
+    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
+    clip: float = attrs.field(default=1.0, validator=gt(0))
+    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
+    save_every: int = attrs.field(default=500, validator=ge(1))
+    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def recover(
         self, mixture: ExpertMixture, task: Task, teacher: Subject, run: Run

@@ -6,11 +6,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-import attrs
 import torch
-from attrs.validators import ge, gt, in_, lt
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -31,9 +29,8 @@ the generator. It calls `backward` itself, because under gradient checkpointing 
 the forward again, and what held for them (masks) must still hold."""
 
 
-@attrs.frozen(kw_only=True)
-class Settings:
-    """How to train, the same fields in all tuners.
+class Settings(Protocol):
+    """The fields that `train` reads from a tuner; the tuners' `precision` is for `autocast`.
 
     Attributes:
         learning_rate: AdamW's, at its peak (Loshchilov and Hutter, 2019).
@@ -43,17 +40,22 @@ class Settings:
         clip: largest norm of the gradient of all parameters together.
         ema: decay of the moving average of the weights, which replaces them at the end; 0 is off.
         save_every: steps between two checkpoints.
-        precision: what losses are computed in, a name from `PRECISIONS`; see `autocast`.
     """
 
-    learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
-    weight_decay: float = attrs.field(default=0.0, validator=ge(0))
-    schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
-    warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
-    clip: float = attrs.field(default=1.0, validator=gt(0))
-    ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
-    save_every: int = attrs.field(default=500, validator=ge(1))
-    precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def save_every(self) -> int: ...
 
 
 def train(

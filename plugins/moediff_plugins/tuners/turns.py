@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-import attrs
 import torch
-from attrs.validators import ge
 from torch import nn
 
 from moediff.mixture import ExpertMixture
@@ -16,17 +15,21 @@ from moediff.workdir import Run
 from moediff_plugins.tuners.training import Settings, autocast, train, warn_if_idle
 
 
-@attrs.frozen
-class TurnSettings(Settings):
-    """How to train in turns.
+class TurnSettings(Settings, Protocol):
+    """The fields that `train_in_turns` reads from a tuner.
 
     Attributes:
         steps: optimiser steps, summed over the experts.
         batch: B, images per step.
+        precision: a name from `PRECISIONS`.
     """
 
-    steps: int = attrs.field(default=1000, validator=ge(0))
-    batch: int = attrs.field(default=64, validator=ge(1))
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
 
 
 def train_in_turns(
