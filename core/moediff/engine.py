@@ -234,20 +234,27 @@ def _allocate(
         plan: Plan = given["plan"]
     else:
         ranked = [(space.chains, space.scores) for space in spaces]
+
+        def compute() -> Plan:
+            found = recipe.gate.allocate(experts, spaces, intervals, recipe.budget, task, run)
+            # Not of a stored plan: what is measured, as a latency, is another day another price.
+            prices = recipe.budget.counter.price(experts[0])
+            share = found.cost(prices, run.sampling)[recipe.budget.of] / prices.full
+            if share > recipe.budget.value * 1.01:
+                raise BudgetError(
+                    f"budget: the gate {type(recipe.gate).__name__} returned a plan at {share:.4f} "
+                    f"of the base model; asked was {recipe.budget.value:.4f}. This is the gate's "
+                    "error."
+                )
+            return found
+
         plan = run.stage(
             "plan",
             _depends(experts, task, run, recipe.gate, recipe.budget, ranked),
-            lambda: recipe.gate.allocate(experts, spaces, intervals, recipe.budget, task, run),
+            compute,
             pack=lambda result: ({}, result.to_json()),
             unpack=lambda tensors, data: Plan.from_json(data),
         )
-        prices = recipe.budget.counter.price(experts[0])
-        share = plan.cost(prices, run.sampling)[recipe.budget.of] / prices.full
-        if share > recipe.budget.value * 1.01:
-            raise BudgetError(
-                f"budget: the gate {type(recipe.gate).__name__} returned a plan at {share:.4f} of "
-                f"the base model; asked was {recipe.budget.value:.4f}. This is the gate's error."
-            )
         kept_whole = all(blueprint == Blueprint() for blueprint in plan.blueprints)
         if kept_whole and all(plan.copy_numbers(x)[-1] == 0 for x in (REST, *plan.copies)):
             warnings.warn(
@@ -277,10 +284,15 @@ def _recover(
         recovered.eval()
         return recovered
 
+    def unpack(tensors: Tensors, data: Any) -> ExpertMixture:
+        stored = ExpertMixture.unpack(tensors, data)  # on the CPU
+        stored.to(run.device)
+        return stored
+
     return run.stage(
         "recover",
         _depends([teacher], task, run, tuner, mixture.pack()),
         compute,
         pack=ExpertMixture.pack,
-        unpack=ExpertMixture.unpack,
+        unpack=unpack,
     )

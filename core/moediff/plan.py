@@ -78,7 +78,9 @@ class Chain:
 
     name: str
     units: tuple[int, ...]
-    stride: int = attrs.field(default=1, validator=attrs.validators.ge(1))
+    stride: int = attrs.field(
+        default=1, validator=[attrs.validators.instance_of(int), attrs.validators.ge(1)]
+    )
 
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]:

@@ -57,11 +57,15 @@ class Recipe:
     gate: Gate
     pruner: Pruner
     budget: Budget
-    experts: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    experts: int = attrs.field(
+        default=2, validator=[attrs.validators.instance_of(int), attrs.validators.ge(1)]
+    )
     prepare: ExpertTuner | None = None
     recover: MixtureTuner | None = None
     sampling: Sampling = attrs.field(factory=Sampling)
-    seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    seed: int = attrs.field(
+        default=0, validator=[attrs.validators.instance_of(int), attrs.validators.ge(0)]
+    )
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.budget, Budget):

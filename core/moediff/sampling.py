@@ -48,9 +48,13 @@ class Sampling:
     """
 
     scheduler: str = attrs.field(default="ddim", validator=_known_scheduler)
-    steps: int = attrs.field(default=20, validator=[attrs.validators.ge(1)])
+    steps: int = attrs.field(
+        default=20, validator=[attrs.validators.instance_of(int), attrs.validators.ge(1)]
+    )
     guidance: float = attrs.field(default=1.0, converter=float, validator=attrs.validators.ge(0))
-    seed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    seed: int = attrs.field(
+        default=0, validator=[attrs.validators.instance_of(int), attrs.validators.ge(0)]
+    )
 
     def prepare(self, base: Any, device: torch.device | str = "cpu") -> Any:
         """Build this sampling's scheduler from the base model's, with its timesteps set.

@@ -102,7 +102,7 @@ class Interrupted(Run):
 def staged(run: Run, subject: Subject, task: moediff.Task) -> Intervals:
     return run.stage(
         "intervals",
-        [QUICK],
+        [QUICK, run.experts],
         lambda: QUICK.cluster(subject, task, run),
         pack=lambda intervals: ({}, list(intervals.cuts)),
         unpack=lambda tensors, cuts: Intervals(cuts),
@@ -390,9 +390,17 @@ def test_alignment_resumes_at_the_timestep_where_it_was_killed(
     assert set(resumed.records) == set(whole.records) == {f"intervals/{name}" for name in RECORDS}
     for key, wanted_record in whole.records.items():
         assert torch.equal(resumed.records[key], wanted_record), key
-    assert whole.ledger["intervals"].samples == 8 * 6
-    assert resumed.ledger["intervals"].samples == 5 * 6
+    assert whole.ledger["gradients"].samples == resumed.ledger["gradients"].samples == 8 * 6
     assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_alignment_asks_for_no_new_gradients_for_another_number_of_experts(
+    subject: Subject, task: moediff.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = staged(Run(experts=3), subject, task)
+    staged(Run(experts=2, cache=tmp_path), subject, task)
+    monkeypatch.setattr(moediff.Task, "batch", None)
+    assert staged(Run(experts=3, cache=tmp_path), subject, task) == wanted
 
 
 def test_one_expert_takes_all(subject: Subject, task: moediff.Task) -> None:

@@ -18,7 +18,7 @@ from moediff_plugins.gates.binarise import binarise
 from moediff_plugins.gates.era import ERA, _agent, _start_at
 from moediff_plugins.gates.independent import Independent
 from moediff_plugins.gates.one_hot import OneHot
-from moediff_plugins.gates.soft import _together, allowance_of
+from moediff_plugins.gates.soft import _together, allowance_of, descent, frozen
 from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.scorers.magnitude import Magnitude
 from tests.conftest import tiny_task, tiny_unet
@@ -210,6 +210,40 @@ def test_r_is_weighted_in_the_loss_and_not_in_the_record(wide):
     assert more == pytest.approx(4 * first["free/penalty"], rel=1e-4)
     wanted = (first["free/cost"] / 0.3).log().abs()
     assert first["free/penalty"] == pytest.approx(wanted, rel=1e-5)
+
+
+class Leaf(torch.nn.Module):
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(values)
+
+    def forward(self) -> torch.Tensor:
+        return self.values
+
+
+def test_the_denoising_loss_reaches_the_masks_with_its_own_slope(wide):
+    """Eq. 15 without R, whose rounding has no slope: gradients against finite differences."""
+    run, task = moediff.Run(sampling=SAMPLING), tiny_task()
+    experts = wide.split(INTERVALS)
+    spaces = [Structural().space(e, Magnitude().score(wide, task, run)) for e in experts]
+    allowance = allowance_of(experts, spaces, INTERVALS, moediff.Budget(0.5, MACs()), run)
+    leaf = Leaf(torch.randn(N, len(wide.anatomy.units), generator=torch.Generator().manual_seed(2)))
+    gate = Independent(batch=4, penalty=1e-9)
+    descend = descent(gate, leaf, experts, spaces, allowance, task, torch.zeros(2, 1))
+
+    def loss() -> float:
+        return float(descend(0, torch.Generator().manual_seed(3)))
+
+    with frozen(experts):
+        loss()
+        slope = leaf.values.grad.clone()
+        assert (slope.abs().sum(1) > 0).all()  # of every expert
+        ends, steepest = [], slope / slope.norm()
+        for sign in (1, -1):
+            leaf.values.data += sign * 0.02 * steepest
+            ends.append(loss())
+            leaf.values.data -= sign * 0.02 * steepest
+    assert float(slope.norm()) == pytest.approx((ends[0] - ends[1]) / 0.04, rel=0.02)
 
 
 @pytest.mark.parametrize("gate", GATES, ids=["era", "independent"])

@@ -10,6 +10,7 @@ import torch
 from attrs.validators import ge, instance_of
 
 from moediff.errors import DataError
+from moediff.storage import settings
 from moediff.subject import Subject
 from moediff.task import Task, denoising_loss
 from moediff.timesteps import Intervals
@@ -44,8 +45,8 @@ class Alignment:
     Gradients are sketched to d numbers, parameter by parameter, while the backward pass makes them.
     The root mean square error of a cosine a is at most 2 (1 - a^2) / sqrt(d - 2) to first order and
     about half of that in practice (`sketching.CountSketch` derives it): 0.016 at the default.
-    Beside the denoiser this needs its largest layers' gradients and 2 G d floats, also on disk
-    for resuming. Without a sketch it is 3 G P floats for P parameters.
+    Beside the denoiser this needs its largest layers' gradients and 2 G d floats, also on disk,
+    where they serve any number of experts. Without a sketch it is 3 G P floats for P parameters.
 
     Records "similarity" (G, G), "timesteps" (G,), "objective" (G - 1,), Eq. 1 by the place of a
     single cut, and "reliability" (G,), the cosine between the gradients of two halves of the
@@ -99,29 +100,60 @@ class Alignment:
     def _gradients(
         self, subject: Subject, task: Task, run: Run, timesteps: list[int]
     ) -> torch.Tensor:
-        """Projected gradients (G, 2, d) of L_t for every timestep, by half of the images."""
+        """Projected gradients (G, 2, d) of L_t for every timestep, by half of the images.
+
+        A stage of their own: they are the same for any number of experts.
+        """
         projection = self._projection(subject, run)
-        gradients = torch.empty(len(timesteps), 2, projection.size)
+        generators = [run.generator(f"timestep {timestep}") for timestep in timesteps]
+        seeds = [generator.initial_seed() for generator in generators]
+
+        def compute() -> torch.Tensor:
+            gradients = torch.empty(len(timesteps), 2, projection.size)
+            rows = run.progress(range(len(timesteps)), "gradients per timestep")
+            for row in rows:
+                # One file per timestep: a single one would be written G times over.
+                checkpoint = run.checkpoint(f"timestep-{timesteps[row]}")
+                run.spend(samples=self.images)
+                if found := checkpoint.load():
+                    gradients[row] = found[0]["halves"]
+                    continue
+                gradients[row] = self._halves(
+                    subject, task, timesteps[row], generators[row], projection
+                )
+                checkpoint.save({"halves": gradients[row].clone()}, None)
+            return gradients
+
+        return run.stage(
+            "gradients",
+            (
+                [subject.denoiser], settings(subject.scheduler.config), task,
+                timesteps, seeds, self.images, self.batch, self.sketch,
+            ),
+            compute,
+            pack=lambda result: ({"halves": result}, None),
+            unpack=lambda tensors, _: tensors["halves"],
+        )  # fmt: skip
+
+    def _halves(
+        self,
+        subject: Subject,
+        task: Task,
+        timestep: int,
+        generator: torch.Generator,
+        projection: Projection,
+    ) -> torch.Tensor:
+        """The projected gradients (2, d) of L_t, one per half of the images."""
         sizes = (self.images // 2, self.images - self.images // 2)
-        for row, timestep in enumerate(run.progress(timesteps, "gradients per timestep")):
-            # One file per timestep: a single one would be written G times over.
-            checkpoint = run.checkpoint(f"timestep-{timestep}")
-            if found := checkpoint.load():
-                gradients[row] = found[0]["halves"]
-                continue
-            generator = run.generator(f"timestep {timestep}")
-            for half, size in enumerate(sizes):
-                gradients[row, half] = self._gradient(
-                    subject, task, timestep, size, generator, projection
-                )
-            if not torch.isfinite(gradients[row]).all():
-                raise DataError(
-                    f"alignment: the gradient at timestep {timestep} is not finite. Check the "
-                    "denoiser's weights, or run it in float32."
-                )
-            checkpoint.save({"halves": gradients[row].clone()}, None)
-            run.spend(samples=self.images)
-        return gradients
+        found = torch.stack(
+            [self._gradient(subject, task, timestep, size, generator, projection) for size in sizes]
+        )
+        if not torch.isfinite(found).all():
+            raise DataError(
+                f"alignment: the gradient at timestep {timestep} is not finite. Check the "
+                "denoiser's weights, or run it in float32."
+            )
+        return found
 
     def _projection(self, subject: Subject, run: Run) -> Projection:
         parameters = dict(subject.denoiser.named_parameters())

@@ -70,6 +70,7 @@ class LossSimilarity:
         losses = torch.zeros(len(timesteps), dtype=torch.float64)
         if found := checkpoint.load():
             losses, done = found[0]["losses"], found[1]
+            run.spend(samples=self.images * done)
         for row, timestep in enumerate(run.progress(timesteps, "losses per timestep")):
             if row < done:
                 continue

@@ -54,8 +54,8 @@ class Latency:
 
     provides: ClassVar[frozenset[str]] = frozenset({"prices"})
 
-    batch: int = attrs.field(default=4, validator=ge(1))
-    rounds: int = attrs.field(default=9, validator=ge(3))
+    batch: int = attrs.field(default=4, validator=[instance_of(int), ge(1)])
+    rounds: int = attrs.field(default=9, validator=[instance_of(int), ge(3)])
     folder: str | None = attrs.field(default=None, validator=optional(instance_of(str)))
 
     def count(self, denoiser: nn.Module, shape: Sequence[int] | None = None) -> Cost:

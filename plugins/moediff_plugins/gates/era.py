@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import attrs
 import torch
-from attrs.validators import ge, gt, in_
+from attrs.validators import ge, gt, in_, instance_of
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -49,15 +49,15 @@ class ERA:
 
     needs: ClassVar[frozenset[str]] = frozenset({"prices"})
 
-    steps: int = attrs.field(default=1000, validator=ge(1))
-    batch: int = attrs.field(default=32, validator=ge(1))
+    steps: int = attrs.field(default=1000, validator=[instance_of(int), ge(1)])
+    batch: int = attrs.field(default=32, validator=[instance_of(int), ge(1)])
     learning_rate: float = attrs.field(default=1e-3, validator=gt(0))
     weight_decay: float = attrs.field(default=0.01, validator=ge(0))
     temperature: float = attrs.field(default=0.4, validator=gt(0))
     noise: Noise = attrs.field(default="logistic", validator=in_(("logistic", "gumbel")))
     penalty: float = attrs.field(default=1.0, validator=gt(0))
-    save_every: int = attrs.field(default=500, validator=ge(1))
-    hidden: int = attrs.field(default=256, validator=ge(2))
+    save_every: int = attrs.field(default=500, validator=[instance_of(int), ge(1)])
+    hidden: int = attrs.field(default=256, validator=[instance_of(int), ge(2)])
     start: Literal["even", "budget"] = attrs.field(
         default="even", validator=in_(("even", "budget"))
     )

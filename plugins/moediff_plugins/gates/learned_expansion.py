@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import attrs
 import torch
-from attrs.validators import ge, gt, le
+from attrs.validators import ge, gt, instance_of, le
 
 from moediff.cost import Allowance, Budget
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
@@ -68,13 +68,13 @@ class LearnedExpansion:
     needs: ClassVar[frozenset[str]] = frozenset({"prices", "stored"})
 
     live: float = attrs.field(default=0.3, validator=[gt(0), le(1)])
-    steps: int = attrs.field(default=1000, validator=ge(1))
-    batch: int = attrs.field(default=32, validator=ge(1))
+    steps: int = attrs.field(default=1000, validator=[instance_of(int), ge(1)])
+    batch: int = attrs.field(default=32, validator=[instance_of(int), ge(1)])
     learning_rate: float = attrs.field(default=1e-3, validator=gt(0))
     gate_rate: float = attrs.field(default=1e-2, validator=gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=ge(0))
     penalty: float = attrs.field(default=0.1, validator=gt(0))
-    save_every: int = attrs.field(default=500, validator=ge(1))
+    save_every: int = attrs.field(default=500, validator=[instance_of(int), ge(1)])
 
     def allocate(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
-from attrs.validators import ge, optional
+from attrs.validators import ge, instance_of, optional
 
 from moediff.cost import Allowance, Budget
 from moediff.errors import OptionError
@@ -37,9 +37,9 @@ class OneHot:
             odd one is at the output. Patterns go first. None expands every layer.
     """
 
-    copies: int | None = attrs.field(default=None, validator=optional(ge(1)))
+    copies: int | None = attrs.field(default=None, validator=optional([instance_of(int), ge(1)]))
     uneven: Mapping[str, int] = attrs.field(factory=dict, converter=dict, hash=False)
-    outer: int | None = attrs.field(default=None, validator=optional(ge(0)))
+    outer: int | None = attrs.field(default=None, validator=optional([instance_of(int), ge(0)]))
 
     def allocate(
         self,

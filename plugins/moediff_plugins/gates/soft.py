@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
@@ -19,6 +20,8 @@ from moediff.workdir import Run
 from moediff_plugins.gates.binarise import binarise
 from moediff_plugins.gates.settings import Plain
 from moediff_plugins.tuners.training import Descend, train
+
+log = logging.getLogger(__name__)
 
 Noise = Literal["logistic", "gumbel"]
 
@@ -110,16 +113,16 @@ def learn(
         ordered: whether chains are kept in their order, see `binarise`.
     """
     checkpoint = run.checkpoint(f"{name}-log")
-    log = torch.full((2, settings.steps), float("nan"))
+    curves = torch.full((2, settings.steps), float("nan"))
     saved = checkpoint.load()
     if saved is not None:
-        log.copy_(saved[0]["log"])
-    descend = descent(settings, logits, experts, spaces, allowance, task, log)
+        curves.copy_(saved[0]["log"])
+    descend = descent(settings, logits, experts, spaces, allowance, task, curves)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         value = descend(step, generator)
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            checkpoint.save({"log": log}, None)  # no later than the weights that go with it
+            checkpoint.save({"log": curves}, None)  # no later than the weights that go with it
         return value
 
     with frozen(experts):
@@ -129,10 +132,15 @@ def learn(
     with torch.no_grad():
         probabilities = logits().sigmoid().double()  # (N, U)
     masks = binarise(probabilities, spaces, allowance, ordered=ordered)
-    run.record("cost", log[0])
-    run.record("penalty", log[1])
+    run.record("cost", curves[0])
+    run.record("penalty", curves[1])
     run.record("probabilities", probabilities)
     run.record("gap", allowance.cost(probabilities.round()) / allowance.limit - 1)
+    if float(allowance.cost(masks)) < 0.99 * allowance.limit:
+        log.warning(
+            "%s: the plan costs %.1f %% less than the budget; units this large get no nearer",
+            name, 100 - 100 * float(allowance.cost(masks)) / allowance.limit,
+        )  # fmt: skip
     blueprints = [Blueprint.from_mask(experts[0].anatomy, mask) for mask in masks]
     return Plan(intervals, blueprints, {REST: tuple(range(len(experts)))})
 
@@ -144,11 +152,11 @@ def descent(
     spaces: Sequence[SearchSpace],
     allowance: Allowance,
     task: Task,
-    log: torch.Tensor,
+    curves: torch.Tensor,
 ) -> Descend:
     """One step's loss and its gradient (Eq. 15); arguments as in `learn`.
 
-    Column s of `log` (2, steps) receives step s's cost, as a share of the base's, and its R.
+    Column s of `curves` (2, steps) receives step s's cost, as a share of the base's, and its R.
     """
     together = torch.stack([_together(space) for space in spaces])  # (N, U)
 
@@ -159,7 +167,7 @@ def descent(
         rounded = soft + (soft.round() - soft).detach()
         cost = allowance.cost(rounded.double()) / allowance.limit
         penalty = cost.log().abs()  # log(max(T, T_d) / min(T, T_d))
-        log[:, step] = torch.stack([cost * allowance.budget.value, penalty]).detach().float()
+        curves[:, step] = torch.stack([cost * allowance.budget.value, penalty]).detach().float()
         weighted = settings.penalty * penalty
         # Expert by expert, so that only one expert's activations are held at a time.
         leaves = [row.detach().requires_grad_() for row in soft]

@@ -6,7 +6,7 @@ import warnings
 
 import attrs
 import numpy as np
-from attrs.validators import ge
+from attrs.validators import ge, instance_of
 from torch import nn
 
 from moediff.errors import OptionError
@@ -34,8 +34,8 @@ class Frechet:
     """
 
     extractor: str = attrs.field(default="digits", validator=attrs.validators.in_(EXTRACTORS))
-    samples: int = attrs.field(default=500, validator=ge(2))
-    batch: int = attrs.field(default=100, validator=ge(1))
+    samples: int = attrs.field(default=500, validator=[instance_of(int), ge(2)])
+    batch: int = attrs.field(default=100, validator=[instance_of(int), ge(1)])
     data: str | None = attrs.field(default=None, converter=attrs.converters.optional(str))
 
     def measure(self, denoiser: nn.Module, subject: Subject, task: Task, run: Run) -> Measurement:

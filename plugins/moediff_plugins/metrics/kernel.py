@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import numpy as np
 import torch
-from attrs.validators import ge
+from attrs.validators import ge, instance_of
 from torch import nn
 
 from moediff.errors import DataError, OptionError
@@ -40,10 +40,10 @@ class Kernel:
     """
 
     extractor: str = attrs.field(default="digits", validator=attrs.validators.in_(EXTRACTORS))
-    samples: int = attrs.field(default=500, validator=ge(4))
-    batch: int = attrs.field(default=100, validator=ge(1))
-    subsets: int = attrs.field(default=100, validator=ge(2))
-    subset_size: int = attrs.field(default=1000, validator=ge(2))
+    samples: int = attrs.field(default=500, validator=[instance_of(int), ge(4)])
+    batch: int = attrs.field(default=100, validator=[instance_of(int), ge(1)])
+    subsets: int = attrs.field(default=100, validator=[instance_of(int), ge(2)])
+    subset_size: int = attrs.field(default=1000, validator=[instance_of(int), ge(2)])
     data: str | None = attrs.field(default=None, converter=attrs.converters.optional(str))
 
     def measure(self, denoiser: nn.Module, subject: Subject, task: Task, run: Run) -> Measurement:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import attrs
 import torch
-from attrs.validators import ge
+from attrs.validators import ge, instance_of
 from torch import nn
 
 from moediff.roles import Measurement
@@ -29,8 +29,8 @@ class Latency:
         pairs: how many pairs; the spread is the interquartile range of their ratios.
     """
 
-    batch: int = attrs.field(default=4, validator=ge(1))
-    pairs: int = attrs.field(default=7, validator=ge(3))
+    batch: int = attrs.field(default=4, validator=[instance_of(int), ge(1)])
+    pairs: int = attrs.field(default=7, validator=[instance_of(int), ge(3)])
 
     def measure(self, denoiser: nn.Module, subject: Subject, task: Task, run: Run) -> Measurement:
         device = subject.device

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs.validators import ge
+from attrs.validators import ge, instance_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +35,7 @@ class Memory:
         batch: B, rows of a call; MoEDM uses 4.
     """
 
-    batch: int = attrs.field(default=4, validator=ge(1))
+    batch: int = attrs.field(default=4, validator=[instance_of(int), ge(1)])
 
     def measure(self, denoiser: nn.Module, subject: Subject, task: Task, run: Run) -> Measurement:
         device = subject.device

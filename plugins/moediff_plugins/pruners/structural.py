@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
-from attrs.validators import ge
+from attrs.validators import ge, instance_of
 
 from moediff.anatomy import Anatomy
 from moediff.mixture import ExpertMixture
@@ -32,7 +32,7 @@ class Structural:
 
     provides: ClassVar[frozenset[str]] = frozenset({"layers", "widths"})
 
-    round_to: int = attrs.field(default=1, validator=ge(1))
+    round_to: int = attrs.field(default=1, validator=[instance_of(int), ge(1)])
 
     def space(self, expert: Subject, scores: Scores) -> SearchSpace:
         anatomy = expert.anatomy

@@ -67,21 +67,21 @@ class Distill:
         learning_rate: see `training.Settings` for this field and those that follow.
     """
 
-    steps: int = attrs.field(default=1000, validator=ge(0))
+    steps: int = attrs.field(default=1000, validator=[instance_of(int), ge(0)])
     tied_share: float = attrs.field(default=0.5, validator=[ge(0), le(1)])
-    images: int = attrs.field(default=1000, validator=ge(0))
+    images: int = attrs.field(default=1000, validator=[instance_of(int), ge(0)])
     sampling: Sampling | None = attrs.field(
         default=None, converter=_sampling, validator=optional(instance_of(Sampling))
     )
     mix: float = attrs.field(default=0.0, validator=[ge(0), le(1)])
-    batch: int = attrs.field(default=64, validator=ge(1))
+    batch: int = attrs.field(default=64, validator=[instance_of(int), ge(1)])
     learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=ge(0))
     schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
     warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
     clip: float = attrs.field(default=1.0, validator=gt(0))
     ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
-    save_every: int = attrs.field(default=500, validator=ge(1))
+    save_every: int = attrs.field(default=500, validator=[instance_of(int), ge(1)])
     precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def recover(

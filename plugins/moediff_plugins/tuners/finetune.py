@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import attrs
-from attrs.validators import ge, gt, in_, lt
+from attrs.validators import ge, gt, in_, instance_of, lt
 
 from moediff.mixture import ExpertMixture
 from moediff.subject import Subject
@@ -26,15 +26,15 @@ class Finetune:
         learning_rate: see `training.Settings` for this field and those that follow.
     """
 
-    steps: int = attrs.field(default=1000, validator=ge(0))
-    batch: int = attrs.field(default=64, validator=ge(1))
+    steps: int = attrs.field(default=1000, validator=[instance_of(int), ge(0)])
+    batch: int = attrs.field(default=64, validator=[instance_of(int), ge(1)])
     learning_rate: float = attrs.field(default=1e-4, validator=gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=ge(0))
     schedule: str = attrs.field(default="cosine", validator=in_(SCHEDULES))
     warmup: float = attrs.field(default=0.05, validator=[ge(0), lt(1)])
     clip: float = attrs.field(default=1.0, validator=gt(0))
     ema: float = attrs.field(default=0.999, validator=[ge(0), lt(1)])
-    save_every: int = attrs.field(default=500, validator=ge(1))
+    save_every: int = attrs.field(default=500, validator=[instance_of(int), ge(1)])
     precision: str = attrs.field(default="full", validator=in_(PRECISIONS))
 
     def recover(
