@@ -16,7 +16,7 @@ import statistics
 import attrs
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import EFFORT, base_rows, diffpruning, finetune, from_scratch
+from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning, finetune, from_scratch
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import (
     Figures,
@@ -61,7 +61,7 @@ def rows(on: Setting) -> dict[str, Row]:
     recipes = {name: diffpruning(on, share) for share, name in OURS.items()} | {
         "single expert, 50%": diffpruning(on, HALF, experts=1),
         "taylor, 50%": by_score(on, Taylor()),
-        "diff-pruning, 50%": by_score(on, DiffPruning()),
+        "diff-pruning, 50%": by_score(on, DiffPruning(stride=on.stride)),
     }
     return {
         **base_rows(on),
@@ -125,7 +125,10 @@ def main() -> None:
     lines = summarise(figures, OURS[HALF])
     about = (
         "Budgets are shares of the base model's MACs. `taylor`, `diff-pruning` and `torch-pruning` "
-        "prune one model, without elastic tuning. " + describe(on)
+        "prune one model, without elastic tuning; the first two remove what has the lowest score "
+        "per MAC, of layers the deepest first, until the budget is met. `torch-pruning, first "
+        "stage kept` was chosen after seeing the images of the row before. "
+        f"{GATES} " + describe(on)
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
     write_plot("budgets", curve(figures), on)

@@ -18,16 +18,33 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.recipes import finetune
+from benchmarks.recipes import diffpruning, finetune
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Figures, Row, collect, difference, write_plot, write_table
-from moediff import Blueprint, ExpertMixture, Intervals, Plan, Run, Subject, denoising_loss
-from moediff.plan import REST, SearchSpace
-from moediff.surgery import cut
-from moediff_plugins.pruners.structural import Structural
+from benchmarks.tables import (
+    Figures,
+    Row,
+    collect,
+    difference,
+    slug,
+    train,
+    write_plot,
+    write_table,
+)  # fmt: skip
+from moediff import (
+    Blueprint,
+    ExpertMixture,
+    Intervals,
+    Plan,
+    Recipe,
+    Subject,
+    denoising_loss,
+)  # fmt: skip
+from moediff.plan import REST
+from moediff.storage import read_packed
+from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.scorers.channels import spearman
-from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.tuners.elastic import Elastic
+from moediff_plugins.tuners.finetune import Finetune
 
 EXPERTS = 2
 PASSES, BATCH = 16, 64  # batches that a sub-network is judged on
@@ -57,41 +74,58 @@ class Judge:
 
 def losses(on: Setting, seed: int) -> list[dict[str, list[float]]]:
     """For every expert the losses (S,) of its sub-networks in every state."""
-    run = Run(sampling=on.sampling, seed=seed, device=on.subject.device, verbose=True)
+    subnets = 3 if on.options.quick else 12
     intervals = Intervals.uniform(on.subject.total, EXPERTS)
     given = on.subject.split(intervals)
-
-    def rank(expert: Subject) -> SearchSpace:
-        return Structural().space(expert, Magnitude().score(expert, on.task, run))
-
-    phase = on.steps
-    subnets = 3 if on.options.quick else 12
-    tuner = Elastic(phase, phase, batch=on.batch, learning_rate=on.rate, subnets=subnets)
-    elastic = tuner.prepare(given, rank, intervals, on.task, run)
-    masks = [run.records[f"free/subnets-{index}"] for index in range(EXPERTS)]
-    passes = 1 if on.options.quick else PASSES
-    judges = [Judge(on, interval, passes) for interval in intervals]
+    elastic, masks = _elastic(on, given, intervals, subnets, seed)
+    judges = [Judge(on, interval, 1 if on.options.quick else PASSES) for interval in intervals]
     found: list[dict[str, list[float]]] = [{state: [] for state in STATES} for _ in intervals]
-    for number in run.progress(range(subnets), "sub-networks"):
-        anatomy = on.subject.anatomy
-        blueprints = [Blueprint.from_mask(anatomy, of[number]) for of in masks]
+    for number in range(subnets):
+        blueprints = [Blueprint.from_mask(on.subject.anatomy, of[number]) for of in masks]
+        plan = Plan(intervals, blueprints, {REST: tuple(range(EXPERTS))})
         for state, experts in (("base", given), ("elastic", elastic)):
-            tuned = _tuned(on, experts, Plan(intervals, blueprints, {REST: (0, 1)}), number, seed)
+            untrained = ExpertMixture.from_experts(experts, plan)
+            recipe = attrs.evolve(_recipe(on), recover=_tuner(on))
+            stages = {"plan": plan, "experts": experts}
+            tuned = train(recipe, on, f"{state} {number}", seed, stages).model
             for index, judge in enumerate(judges):
-                small = cut(experts[index].denoiser, anatomy, blueprints[index])
-                found[index][state].append(judge(small))
-                found[index][f"tuned from {state}"].append(judge(tuned[index]))
+                found[index][state].append(judge(untrained.experts[index]))
+                found[index][f"tuned from {state}"].append(judge(tuned.experts[index]))
     return found
 
 
-def _tuned(
-    on: Setting, experts: Sequence[Subject], plan: Plan, number: int, seed: int
-) -> Sequence[nn.Module]:
-    """Every expert's sub-network, cut out and fine-tuned on its interval."""
-    run = Run(sampling=on.sampling, seed=seed * 100 + number, device=on.subject.device)
-    tuner = attrs.evolve(finetune(on), steps=max(EXPERTS, on.steps // 4))
-    mixture = ExpertMixture.from_experts(experts, plan)
-    return list(tuner.recover(mixture, on.task, on.subject, run).experts)
+def _recipe(on: Setting) -> Recipe:
+    """DiffPruning with nothing but what is asked of it here."""
+    recipe = diffpruning(on, experts=EXPERTS, depth=False, width=False)
+    return attrs.evolve(recipe, clusterer=Uniform(), recover=None)
+
+
+def _tuner(on: Setting) -> Finetune:
+    """What a sub-network is fine-tuned with, as much for each expert as its share is."""
+    return attrs.evolve(finetune(on), steps=max(EXPERTS, on.steps // 4))
+
+
+def _elastic(
+    on: Setting, given: Sequence[Subject], intervals: Intervals, subnets: int, seed: int
+) -> tuple[list[Subject], list[torch.Tensor]]:
+    """The elastic experts, and for each the masks (S, U) of the sub-networks to look at."""
+    prepare = Elastic(
+        on.steps,
+        on.steps,
+        batch=on.batch,
+        learning_rate=on.rate,
+        subnets=subnets,
+        precision=on.precision,
+    )
+    whole = Plan(intervals, (Blueprint(),) * EXPERTS, {REST: tuple(range(EXPERTS))})
+    recipe = attrs.evolve(_recipe(on), prepare=prepare)
+    mixture = train(recipe, on, "elastic", seed, {"plan": whole}).model
+    records, _ = read_packed(on.folder / slug("elastic", seed) / "records.safetensors")
+    experts = [
+        attrs.evolve(expert, denoiser=denoiser)
+        for expert, denoiser in zip(given, mixture.experts, strict=True)
+    ]
+    return experts, [records[f"prepare/subnets-{index}"] for index in range(EXPERTS)]
 
 
 def rows(on: Setting) -> dict[str, Row]:
@@ -169,7 +203,8 @@ def main() -> None:
         "with probability 0.5, each width has lost a uniform share of its units. `loss, base` and "
         "`loss, elastic` are mean denoising losses as masks of the base and of the expert after "
         f"{on.steps} steps of elastic depth and {on.steps} of elastic width on its interval; "
-        f"`tuned` after {max(EXPERTS, on.steps // 4) // EXPERTS} more steps of fine-tuning. "
+        f"`tuned` after {_tuner(on).steps} more of fine-tuning, so that what comes from elastic "
+        "experts has been trained for longer. All steps are summed over the experts. "
         "`rank` is Spearman's correlation with the loss after fine-tuning from the same weights. "
         f"Steps have {on.batch} images. Means over the seeds {', '.join(map(str, on.seeds))}; "
         "differences are paired by seed, with a 95 % confidence interval."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from benchmarks.recipes import EFFORT, base_rows, diffpruning
+from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
 
@@ -41,7 +41,7 @@ def main() -> None:
     lines = summarise(collect(rows(on), on), below)
     about = (
         "Each rung adds one part to the one above it and is compared with that one; the last is "
-        "DiffPruning. " + describe(on)
+        f"DiffPruning. {GATES} " + describe(on)
     )
     write_table(
         "ladder", "The parts of DiffPruning at half of the MACs (Table 2)", about, lines, on

@@ -24,10 +24,19 @@ BASE_TUNED = "base, fine-tuned"
 EFFORT = 2
 """DiffPruning spreads its steps over four stages, so a row has twice those of MoEDM's tables."""
 
-FIFTH = 5
+PARTS = 5
+"""Masks, elastic depth and elastic width have one part each of a row's batches."""
 
 PENALTY = 3.0
 """Weight of R in Eq. 15, see `ERA`: with 1, experts without elastic tuning miss the budget."""
+
+RATE = 1e-2
+"""Of the masks. The paper has 1e-3, for two hundred times as many steps."""
+
+GATES = (
+    f"Masks are learned at a rate of {RATE:g} and R weighs {PENALTY:g}, in the paper 0.001 and 1, "
+    "because the steps are few."
+)
 
 
 def moedm(on: Setting, *, real: bool = False) -> Recipe:
@@ -73,7 +82,7 @@ def diffpruning(
         depth: with elastic depth.
         width: with elastic width.
     """
-    part = on.steps // FIFTH
+    part = on.steps // PARTS
     elastic = Elastic(
         depth * part,
         width * part,
@@ -82,12 +91,14 @@ def diffpruning(
         learning_rate=on.rate,
         precision=on.precision,
     )
-    size = {"steps": max(1, part // experts), "batch": on.batch, "penalty": PENALTY}
-    gate: Gate = ERA(learning_rate=1e-2, **size) if era else Independent(**size)
+    kind = ERA if era else Independent
+    gate: Gate = kind(
+        steps=max(1, part // experts), batch=on.batch, learning_rate=RATE, penalty=PENALTY
+    )
     rest = on.steps - part * (1 + depth + width)
     return moediff.load_recipe(
         "diffpruning",
-        clusterer=Alignment(images=8 if on.options.quick else 1024),
+        clusterer=Alignment(images=on.aligned),
         prepare=elastic if depth or width else None,
         gate=gate,
         recover=attrs.evolve(finetune(on), steps=rest),

@@ -66,7 +66,7 @@ def scorers(on: Setting) -> dict[str, Any]:
         "ablation-l1": AblationL1(images=on.noises),
         "ablation-l1-sketch": AblationL1Sketch(images=2 * on.noises),
         "taylor": Taylor(),
-        "diff-pruning": DiffPruning(stride=10),
+        "diff-pruning": DiffPruning(stride=on.stride),
         "gradient": Gradient(),
         "magnitude": Magnitude(),
         "random": Random(),

@@ -35,11 +35,18 @@ from moediff_plugins.metrics.latency import Latency
 
 @attrs.frozen(eq=False)
 class Trained:
-    """A model with its plan and what training it took."""
+    """A model with its plan and what training it took.
+
+    Attributes:
+        model: a denoiser.
+        plan: of a mixture, or of the whole model.
+        batches: optimiser batches, summed over experts and stages.
+        images: all that passed through a denoiser.
+    """
 
     model: Any
     plan: Plan
-    steps: int = 0
+    batches: int = 0
     images: int = 0
 
 
@@ -66,8 +73,11 @@ def train(
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    steps, images = (sum(spent[key] for spent in ledger.values()) for key in ("steps", "samples"))
-    return Trained(mixture, mixture.plan, steps, images)
+    # A step of a gate that learns masks is one batch for every expert.
+    learning = [ledger.get(stage, {"samples": 0}) for stage in ("prepare", "plan", "recover")]
+    batches = round(sum(spent["samples"] for spent in learning) / on.batch)
+    images = sum(spent["samples"] for spent in ledger.values())
+    return Trained(mixture, mixture.plan, batches, images)
 
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
@@ -84,7 +94,7 @@ def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
         "live": held["live"] / params.full,
         "stored": held["stored"] / params.full,
         "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,
-        "steps": float(row.steps),
+        "batches": float(row.batches),
         "images": float(row.images),
     }
     run = metric_run(on, seed)
@@ -237,16 +247,17 @@ def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
 
 def describe(on: Setting) -> str:
     """What the columns mean, and from how much."""
+    seen = ", most of which were trained on" if on.name == "digits" else ""
     return (
         "Trained, live and stored are shares of the base model's parameters, MACs those of one "
-        f"call. A trained row has {on.steps} optimiser steps of {on.batch} images, unless its "
-        "column says otherwise; `images` counts all that passed through a denoiser, those for "
-        "scores and for a teacher's images as well. "
+        f"call. `batches` are optimiser batches of {on.batch} images, summed over experts and "
+        "stages; `images` counts all that passed through a denoiser, those for scores and for a "
+        "teacher's images as well. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
-        f"steps) with {len(on.reference)} real ones; they are not FID or KID. Latency is the time "
-        "of a denoiser call at batch 4 beside the base's, in pairs. Means over the seeds "
-        f"{', '.join(map(str, on.seeds))} with their standard deviation; differences are paired "
-        "by seed, with a 95 % confidence interval."
+        f"steps) with {len(on.reference)} real ones{seen}; they are not FID or KID. Latency is the "
+        "time of a denoiser call at batch 4 beside the base's, in pairs. Distances are means over "
+        f"the seeds {', '.join(map(str, on.seeds))} with their standard deviation, other columns "
+        "medians; differences are paired by seed, with a 95 % confidence interval."
     )
 
 

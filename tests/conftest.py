@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 import moediff
+from moediff_plugins.counters import latency
 
 UNETS: dict[str, dict[str, Any]] = {
     "plain": {
@@ -81,6 +82,15 @@ def conditioning(unet: UNet2DModel, batch: int) -> dict[str, torch.Tensor]:
     if unet.class_embedding is None:
         return {}
     return {"class_labels": torch.arange(batch) % 4}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tables that tests measure go to a folder of their own."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "cached_assets_path", lambda *names: folder.joinpath(*names))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -138,6 +138,24 @@ def test_an_experiment_writes_its_table_and_does_not_repeat_itself(tmp_path: Pat
     assert (tmp_path / "expansion-digits.md").read_text(encoding="utf-8") == written
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "row", "pictures"),
+    [
+        ("budgets", "torch-pruning, first stage kept, 50%", 5),
+        ("elastic_ranks", "timesteps 500 to 999", 1),
+    ],
+)
+def test_other_tables_have_their_rows_and_pictures(
+    name: str, row: str, pictures: int, tmp_path: Path
+):
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    found = run(f"benchmarks.{name}", "--quick", *folders)
+    assert found.returncode == 0, found.stderr
+    assert f"| {row} |" in (tmp_path / f"{name}-digits.md").read_text(encoding="utf-8")
+    assert len(list(tmp_path.glob("*.png"))) == pictures
+
+
 def test_a_base_without_its_data_is_refused_in_one_line():
     found = run("benchmarks.expansion", "--on", "cifar")
     assert found.returncode == 2

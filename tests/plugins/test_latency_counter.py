@@ -135,6 +135,12 @@ def test_a_process_measures_once_and_a_folder_keeps_it(subject, tmp_path):
         counter.price(subject)
 
 
+def test_another_process_reads_the_table_from_the_usual_place(subject):
+    first = QUICK.price(subject)
+    latency.TABLES.clear()
+    assert torch.equal(QUICK.price(subject).units, first.units)  # no two timings are equal
+
+
 def test_a_denoiser_without_weights_is_refused(subject):
     with pytest.raises(CountError, match="meta"):
         QUICK.count(subject.denoiser.to("meta"))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import attrs
 import torch
 from attrs.validators import ge, instance_of, optional
+from huggingface_hub import cached_assets_path
 from torch import nn
 
 from moediff.anatomy import Layer
@@ -43,13 +44,13 @@ class Latency:
     if they are slower, they are scaled to add up to the call. So a prediction is worth a check:
     `prediction.predicted_and_measured` puts it beside a measurement.
 
-    Without a folder a table lives as long as the process. A run that is resumed by another process
-    then measures again, and may find a stored plan above its budget: give a folder.
+    A table is measured once for a device, a model and a batch size, and kept where Hugging Face's
+    libraries keep such files (`HF_ASSETS_CACHE`). Delete it after the machine has changed.
 
     Attributes:
         batch: B, rows of a call; the metric `latency` has the same default.
         rounds: how often every variant is timed.
-        folder: where tables are kept, one JSON file for each device, model and batch.
+        folder: where tables are kept instead, one JSON file each.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prices"})
@@ -88,8 +89,9 @@ class Latency:
             device, torch.__version__, self.batch, self.rounds, shapes, config, subject.anatomy
         )[:16]
         slug = "".join(c if c.isalnum() else "-" for c in device)
-        path = Path(self.folder, f"latency-{slug}-{key}.json") if self.folder else None
-        if path is not None and path.exists():
+        folder = self.folder or cached_assets_path("moediff", "latency")
+        path = Path(folder, f"{slug}-{key}.json")
+        if path.exists():
             try:
                 TABLES[key] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -98,7 +100,7 @@ class Latency:
                 ) from error
         elif key not in TABLES:
             TABLES[key] = {"device": device, **self._measure(subject)}
-        if path is not None and not path.exists():
+        if not path.exists():
             write_json(path, TABLES[key])
         return TABLES[key]
 
