@@ -9,8 +9,9 @@ STAMP  := $(VENV)/installed
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)
 
+# Workers have a thread each: with more, they would wait for one another.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
