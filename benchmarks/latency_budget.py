@@ -1,54 +1,88 @@
-"""Budgets in time: what the latency table promises, what was measured, and what MACs would promise.
+"""Budgets in time: what the latency table promises, and what was measured.
 
 The base model is cut to shares of its time by the counter `latency`, and to the same shares of its
-MACs, by equal shares of all widths with and without dropped layers. No training, so no images.
+MACs, by equal shares of all widths with and without dropped layers. Then it is cut to half of its
+MACs by random scores, which makes every width another one, with widths as they fall and rounded.
+No training, so no images.
 
     python -m benchmarks.latency_budget --on digits
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import attrs
 
+import moediff
 from benchmarks.paper_speed import droppable, plan_at
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import plain, write_table
-from moediff import ExpertMixture, Run
+from moediff import Budget, ExpertMixture, Recipe, Run
 from moediff.cost import CostModel
 from moediff.errors import BudgetError
+from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.latency import Latency
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.prediction import predicted_and_measured
+from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.metrics.latency import Latency as Timing
+from moediff_plugins.pruners.structural import Structural
+from moediff_plugins.scorers.random import Random
 
 SHARES = (0.7, 0.5, 0.3)
-FIGURES = ("MACs", "time, predicted", "time, measured", "measured / predicted")
+ROUND_TO = (1, 8, 16)
+
+
+def even(on: Setting, prices: CostModel, what: str) -> Iterator[tuple[str, ExpertMixture | None]]:
+    """The base cut to each share by equal widths; None where one unit of each is still too much."""
+    for share in SHARES:
+        for dropped in (0, droppable(on.subject) // 2):
+            name = f"{share:.0%} of {what}, {dropped} layers dropped"
+            try:
+                plan = plan_at(on.subject, prices, share, dropped)
+            except BudgetError:
+                yield name, None
+                continue
+            yield name, ExpertMixture.from_experts([on.subject], plan).eval()
+
+
+def uneven(on: Setting) -> Iterator[tuple[str, ExpertMixture]]:
+    """The base cut to half of its MACs by random scores."""
+    for channels in ROUND_TO:
+        recipe = Recipe(
+            scorer=Random(),
+            clusterer=Uniform(),
+            gate=OneHot(),
+            pruner=Structural(round_to=channels),
+            budget=Budget(0.5, MACs()),
+            experts=1,
+        )
+        name = f"50% of MACs, uneven, round_to={channels}"
+        yield (
+            name,
+            moediff.build_experts(on.subject.denoiser, on.subject.scheduler, on.task, recipe),
+        )
 
 
 def row(
-    on: Setting, time: CostModel, macs: CostModel, counter: str, share: float, dropped: int
+    on: Setting, time: CostModel, macs: CostModel, name: str, mixture: ExpertMixture | None
 ) -> dict[str, str]:
-    """Cut to a share of one counter's cost, then time."""
-    line = {
-        "budget": f"{share:.0%} of {'the time' if counter == 'latency' else 'MACs'}",
-        "layers dropped": str(dropped),
-    }
-    try:
-        plan = plan_at(on.subject, time if counter == "latency" else macs, share, dropped)
-    except BudgetError:
-        return line | dict.fromkeys(FIGURES, "out of reach")
-    mixture = ExpertMixture.from_experts([on.subject], plan).eval()
+    """Time a mixture, and ask the table what it expected."""
+    columns = ("MACs", "time, predicted", "time, measured", "measured / predicted")
+    if mixture is None:
+        return {"budget": name} | dict.fromkeys(columns, "out of reach")
     run = Run(sampling=attrs.evolve(on.sampling, steps=4), device=on.subject.device)
     predicted, measured = predicted_and_measured(
         mixture, time, Timing(pairs=3 if on.options.quick else 31), on.subject, on.task, run
     )
     figures = (
-        plain(plan.cost(macs, run.sampling)["live"] / macs.full),
+        plain(mixture.plan.cost(macs, run.sampling)["live"] / macs.full),
         plain(predicted),
         f"{measured.value:.3f} ± {(measured.spread or 0) / 2:.3f}",
         plain(measured.value / predicted),
     )
-    return line | dict(zip(FIGURES, figures, strict=True))
+    return {"budget": name} | dict(zip(columns, figures, strict=True))
 
 
 def main() -> None:
@@ -57,12 +91,8 @@ def main() -> None:
     on = load(options, "latency_budget")
     time = Latency(rounds=3 if options.quick else 31).price(on.subject)
     macs = MACs().price(on.subject)
-    lines = [
-        row(on, time, macs, counter, share, dropped)
-        for counter in ("latency", "macs")
-        for share in SHARES
-        for dropped in (0, droppable(on.subject) // 2)
-    ]
+    mixtures = [*even(on, time, "the time"), *even(on, macs, "MACs"), *uneven(on)]
+    lines = [row(on, time, macs, name, mixture) for name, mixture in mixtures]
     about = (
         f"The {on.name} base model cut to budgets, at batch 4. MACs and time are shares of the "
         "base model's; measured is the median ratio of pairs, with half the interquartile range. "
