@@ -31,7 +31,7 @@ def generated(on: Setting, guidance: float) -> Row:
         figure = metric.measure(on.subject.denoiser, on.subject, on.reference, run)
         return {figure.name: figure.value}
 
-    return row
+    return Row(row, (guidance,))
 
 
 def training_images(on: Setting) -> Row:
@@ -43,7 +43,7 @@ def training_images(on: Setting) -> Row:
         value = frechet_distance(drawn, _features(on, on.reference.samples))
         return {figure_name("FD", on.extractor): value}
 
-    return row
+    return Row(row)
 
 
 def _features(on: Setting, images: torch.Tensor) -> Features:

@@ -147,8 +147,9 @@ def rows(on: Setting) -> dict[str, Row]:
         }
 
     intervals = Intervals.uniform(on.subject.total, EXPERTS)
+    depends = (_recipe(on), _tuner(on), PASSES, BATCH)
     return {
-        f"timesteps {low} to {high - 1}": functools.partial(row, index)
+        f"timesteps {low} to {high - 1}": Row(functools.partial(row, index), depends)
         for index, (low, high) in enumerate(intervals)
     }
 

@@ -130,7 +130,7 @@ def from_scratch(on: Setting, recipe: Recipe, name: str) -> Row:
         made = train(tuned, other, f"{name} from scratch", seed, {"plan": plan})
         return measure(made, on, seed)
 
-    return row
+    return Row(row, (recipe, "from scratch"))
 
 
 def finetune(on: Setting) -> Finetune:
@@ -142,6 +142,6 @@ def base_rows(on: Setting) -> dict[str, Row]:
     """The base model as it is, and fine-tuned as a whole on the task for the same steps."""
     tuned = attrs.evolve(moedm(on), experts=1, recover=finetune(on))
     return {
-        "base": lambda seed: measure(Trained(on.subject.denoiser, on.whole), on, seed),
+        "base": Row(lambda seed: measure(Trained(on.subject.denoiser, on.whole), on, seed)),
         BASE_TUNED: trained(tuned, on, BASE_TUNED, {"plan": on.whole}),
     }

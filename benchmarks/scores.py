@@ -133,11 +133,15 @@ class Channels:
 
     def closed(self, name: str, share: float) -> Row:
         """The row of a scorer: the lowest-scored channels closed, up to a share of all weights."""
-        return lambda seed: self._figures(*self.scores(name, seed), share, seed)
+        return Row(
+            lambda seed: self._figures(*self.scores(name, seed), share, seed),
+            (scorers(self.on)[name], share),
+        )
 
     def intact(self) -> Row:
         """The row of the whole model."""
-        return lambda seed: self._figures(torch.zeros(len(self.prices.units)), 0, 0.0, seed)
+        nothing = torch.zeros(len(self.prices.units))
+        return Row(lambda seed: self._figures(nothing, 0, 0.0, seed))
 
     def _figures(
         self, scores: torch.Tensor, images: int, share: float, seed: int

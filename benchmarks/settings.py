@@ -15,6 +15,7 @@ import attrs
 
 import moediff
 from moediff import Blueprint, Intervals, Plan, Sampling, Subject, Task
+from moediff.storage import fingerprint
 from moediff_plugins import digits
 
 SEEDS = (0, 1, 2)
@@ -59,6 +60,13 @@ class Setting:
     sampling: Sampling
     folder: Path
     options: argparse.Namespace
+
+    @property
+    def key(self) -> str:
+        """What all figures depend on: the base model, the images, and how much work is done."""
+        left_out = ("subject", "folder", "options")
+        fields = [name.name for name in attrs.fields(Setting) if name.name not in left_out]
+        return fingerprint(self.subject.denoiser, [getattr(self, name) for name in fields])
 
     @property
     def whole(self) -> Plan:

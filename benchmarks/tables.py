@@ -23,8 +23,9 @@ from torch import nn
 import moediff
 from benchmarks.settings import Setting
 from moediff import Plan, Recipe, Run
+from moediff.errors import WorkdirError
 from moediff.roles import Metric
-from moediff.storage import write_atomic, write_json
+from moediff.storage import fingerprint, write_atomic, write_json
 from moediff_plugins import report
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
@@ -50,8 +51,18 @@ class Trained:
     images: int = 0
 
 
-Row = Callable[[int], Mapping[str, float]]
-"""Makes one row's figures for a seed, for example by training a model and measuring it."""
+@attrs.frozen(eq=False)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        make: seed -> figures, for example by training a model and measuring it.
+        depends: all that the figures depend on besides the setting, for example a recipe.
+    """
+
+    make: Callable[[int], Mapping[str, float]]
+    depends: tuple[Any, ...] = ()
+
 
 Figures = Mapping[str, Sequence[Mapping[str, float]]]
 """A table's figures: for every row one mapping per seed."""
@@ -82,7 +93,9 @@ def train(
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
     """The row of a recipe: train it, measure it."""
-    return lambda seed: measure(train(recipe, on, name, seed, given), on, seed)
+    return Row(
+        lambda seed: measure(train(recipe, on, name, seed, given), on, seed), (recipe, given)
+    )
 
 
 def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
@@ -138,15 +151,26 @@ def image_metrics(on: Setting) -> tuple[Metric, ...]:
 
 
 def collect(rows: Mapping[str, Row], on: Setting) -> Figures:
-    """Make every row for every seed; what is on disk is not made again."""
+    """Make every row for every seed; what is on disk is not made again.
+
+    Raises:
+        WorkdirError: what is on disk was made with other recipes or sizes.
+    """
     figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in rows}
     for seed in on.seeds:
-        for name, make in rows.items():
+        for name, row in rows.items():
             path = on.folder / f"{slug(name, seed)}.json"
+            key = fingerprint(on.key, row.depends)
             if not path.exists():
                 print(f"- {name}, seed {seed}", flush=True)
-                write_json(path, dict(make(seed)))
-            figures[name].append(json.loads(path.read_text(encoding="utf-8")))
+                write_json(path, {"key": key, "figures": dict(row.make(seed))})
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.get("key") != key:
+                raise WorkdirError(
+                    f"{path}: holds the figures of another recipe or size. Delete {on.folder}, or "
+                    "give another folder with --runs."
+                )
+            figures[name].append(stored["figures"])
     return figures
 
 

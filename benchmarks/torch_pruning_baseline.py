@@ -19,6 +19,7 @@ tool's own option; it was chosen after seeing what became of the images without 
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -174,4 +175,4 @@ def pruned_row(on: Setting, share: float, *, keep_path: bool = False) -> Row:
         )
         return measure(row, on, seed) | {"live": size, "stored": size, "MACs": macs}
 
-    return make
+    return Row(make, (share, keep_path, finetune(on), version("torch-pruning")))

@@ -17,6 +17,7 @@ from benchmarks import recipes as recipes_of
 from benchmarks.ladder import RUNGS
 from benchmarks.scores import Channels, zeroed
 from moediff import Blueprint, ExpertMixture, Intervals, Plan
+from moediff.errors import WorkdirError
 from moediff.masking import masked
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
@@ -52,12 +53,12 @@ def test_zeroed_weights_are_a_closed_mask(on: settings.Setting):
 
 def test_channels_are_removed_up_to_the_share_and_not_beyond(on: settings.Setting):
     channels = Channels.of(on)
-    figures = channels.closed("magnitude", 0.1)(0)
+    figures = channels.closed("magnitude", 0.1).make(0)
     dearest = float(channels.prices.units.max()) / channels.prices.full
     assert 0.1 - dearest < figures["removed"] <= 0.1
     shares = [value for key, value in figures.items() if key.startswith("layer ")]
     assert sum(shares) == pytest.approx(1)
-    assert channels.intact()(0)["removed"] == 0
+    assert channels.intact().make(0)["removed"] == 0
 
 
 def test_trained_parameters_are_those_that_are_not_the_base_models(on: settings.Setting):
@@ -115,6 +116,21 @@ def test_an_even_plan_just_meets_its_budget(on: settings.Setting, dropped: int):
     counts = {name: on.subject.anatomy.widths[name].count for name in blueprint.keep}
     left = [(len(kept), counts[name]) for name, kept in blueprint.keep.items()]
     assert max((kept - 1) / count for kept, count in left) < min(k / count for k, count in left)
+
+
+def test_figures_of_another_recipe_are_refused(on: settings.Setting):
+    made = []
+
+    def row(*depends: object) -> tables.Row:
+        return tables.Row(lambda seed: made.append(seed) or {"x": 1.0}, depends)
+
+    assert tables.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
+    assert tables.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
+    assert made == [0]
+    for rows, other in (({"a": row(2)}, on), ({"a": row(1)}, attrs.evolve(on, steps=5))):
+        with pytest.raises(WorkdirError, match="another recipe or size"):
+            tables.collect(rows, other)
+    assert made == [0]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
