@@ -7,6 +7,7 @@ from pathlib import Path
 
 import moediff
 from moediff import Budget, Recipe, Run, Sampling
+from moediff.storage import read_packed
 from moediff_plugins import digits
 from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.counters.macs import MACs
@@ -50,6 +51,9 @@ def main() -> None:
     prices = MACs().price(subject)
     share = mixture.plan.cost(prices, recipe.sampling)["live"] / prices.full
     print(f"intervals {list(mixture.intervals)}, {share:.3f} of the base model's MACs")
+    records, _ = read_packed(options.out / "records.safetensors")
+    fits = records["intervals/held-out-fit"]  # of one half of the images by the other, N = 1 to 8
+    print(f"number of experts that the images support: {1 + int(fits.argmax())}")
     run = Run(sampling=recipe.sampling, verbose=True)
     for name, model in (("base", denoiser), ("DiffPruning", mixture)):
         figure = Frechet("digits", options.samples).measure(model, subject, task, run)

@@ -41,3 +41,4 @@ def test_diffpruning(tmp_path):
     assert "DiffPruning: FD[digits]" in printed
     share = float(printed.split(", ")[-1].split(" of the base")[0].split()[-1])
     assert 0.495 <= share <= 0.5
+    assert 1 <= int(printed.split("images support: ")[1].split()[0]) <= 8
