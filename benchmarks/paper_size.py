@@ -62,6 +62,7 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, str]:
     budget = Budget(1 - case.discard, Params())
     recipe = moediff.load_recipe("moedm", scorer=Random(), recover=None, budget=budget)
     mixture = moediff.build_experts(subject.denoiser, subject.scheduler, task, recipe)
+    mixture.untie()  # as training does: until then copies are one object
     sampling = Sampling("ddim", 1)  # one call a pair; all calls of an expert cost the same
     run = Run(sampling=sampling, device=subject.device, verbose=True)
     time = Latency(batch=4, pairs=options.pairs).measure(mixture, subject, task, run)
