@@ -17,20 +17,9 @@ import attrs
 from matplotlib.figure import Figure
 
 from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning, finetune, from_scratch
+from benchmarks.rows import Figures, Row, collect, slug, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import (
-    Figures,
-    Row,
-    collect,
-    describe,
-    distances,
-    slug,
-    summarise,
-    trained,
-    write_picture,
-    write_plot,
-    write_table,
-)  # fmt: skip
+from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe
 from moediff.roles import Scorer

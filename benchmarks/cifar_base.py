@@ -12,8 +12,9 @@ import attrs
 import torch
 
 from benchmarks.cifar import CLASSES
+from benchmarks.rows import Row, collect, metric_run
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, metric_run, summarise, write_table
+from benchmarks.tables import summarise, write_table
 from moediff_plugins.metrics.extractors import figure_name, load_extractor
 from moediff_plugins.metrics.features import Features
 from moediff_plugins.metrics.frechet import Frechet, frechet_distance

@@ -11,18 +11,9 @@ import attrs
 from matplotlib.figure import Figure
 
 from benchmarks.recipes import base_rows, moedm
+from benchmarks.rows import Figures, Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import (
-    Figures,
-    Row,
-    collect,
-    describe,
-    distances,
-    summarise,
-    trained,
-    write_plot,
-    write_table,
-)  # fmt: skip
+from benchmarks.tables import describe, distances, summarise, write_plot, write_table
 from moediff import Budget
 from moediff_plugins.counters.params import Params
 

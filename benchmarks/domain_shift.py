@@ -12,8 +12,9 @@ import attrs
 
 from benchmarks import cifar
 from benchmarks.recipes import base_rows, from_scratch, moedm
+from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
+from benchmarks.tables import describe, summarise, write_table
 from moediff_plugins.tuners.bitfit import BitFit
 from moediff_plugins.tuners.partial import Partial
 

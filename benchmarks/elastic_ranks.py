@@ -19,17 +19,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.recipes import diffpruning, finetune
+from benchmarks.rows import Figures, Row, collect, slug, train
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import (
-    Figures,
-    Row,
-    collect,
-    difference,
-    slug,
-    train,
-    write_plot,
-    write_table,
-)  # fmt: skip
+from benchmarks.tables import difference, write_plot, write_table
 from moediff import (
     Blueprint,
     ExpertMixture,

@@ -14,8 +14,9 @@ import attrs
 
 import moediff
 from benchmarks.recipes import finetune, moedm
+from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
+from benchmarks.tables import describe, summarise, write_table
 from moediff import Budget, Intervals, Run
 from moediff_plugins.counters.params import Params
 from moediff_plugins.pruners.structural import Structural

@@ -11,8 +11,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning
+from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
+from benchmarks.tables import describe, summarise, write_table
 
 RUNGS = {
     "independent masks, one expert": {

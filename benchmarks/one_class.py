@@ -6,8 +6,9 @@ python -m benchmarks.one_class --on digits
 from __future__ import annotations
 
 from benchmarks.recipes import BASE_TUNED, base_rows, moedm
+from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
+from benchmarks.tables import describe, summarise, write_table
 
 CLASSES = {"digits": {"three": 3, "eight": 8}, "cifar": {"cat": 3, "dog": 5}}
 

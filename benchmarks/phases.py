@@ -11,8 +11,9 @@ from __future__ import annotations
 import attrs
 
 from benchmarks.recipes import moedm
+from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import Row, collect, describe, summarise, trained, write_table
+from benchmarks.tables import describe, summarise, write_table
 
 DIRECT = "copies from the start"
 

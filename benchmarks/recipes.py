@@ -6,8 +6,8 @@ import attrs
 import torch
 
 import moediff
+from benchmarks.rows import Row, Trained, measure, train, trained
 from benchmarks.settings import Setting
-from benchmarks.tables import Row, Trained, measure, train, trained
 from moediff import Budget, Recipe
 from moediff.roles import Gate
 from moediff_plugins.clusterers.alignment import Alignment

@@ -17,17 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.rows import Figures, Row, collect, image_metrics, metric_run
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import (
-    Figures,
-    Row,
-    collect,
-    image_metrics,
-    metric_run,
-    summarise,
-    write_plot,
-    write_table,
-)  # fmt: skip
+from benchmarks.tables import summarise, write_plot, write_table
 from moediff import Anatomy, Run, Sampling, Subject
 from moediff.cost import CostModel
 from moediff_plugins.counters.params import Params

@@ -1,177 +1,25 @@
-"""Tables of trained models: train every row for every seed, measure it, write what was found."""
+"""Tables: means and paired differences of the rows, in Markdown, and the figures beside them."""
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import attrs
 import diffusers
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
-from torch import nn
 
-import moediff
+from benchmarks.rows import Figures
 from benchmarks.settings import Setting
-from moediff import Plan, Recipe, Run
-from moediff.errors import WorkdirError
-from moediff.roles import Metric
-from moediff.storage import fingerprint, write_atomic, write_json
+from moediff.storage import write_atomic
 from moediff_plugins import report
-from moediff_plugins.counters.macs import MACs
-from moediff_plugins.counters.params import Params
-from moediff_plugins.metrics.frechet import Frechet
-from moediff_plugins.metrics.kernel import Kernel
-from moediff_plugins.metrics.latency import Latency
-
-
-@attrs.frozen(eq=False)
-class Trained:
-    """A model with its plan and what training it took.
-
-    Attributes:
-        model: a denoiser.
-        plan: of a mixture, or of the whole model.
-        batches: optimiser batches, summed over experts and stages.
-        images: all that passed through a denoiser.
-    """
-
-    model: Any
-    plan: Plan
-    batches: int = 0
-    images: int = 0
-
-
-@attrs.frozen(eq=False)
-class Row:
-    """A row of a table.
-
-    Attributes:
-        make: seed -> figures, for example by training a model and measuring it.
-        depends: all that the figures depend on besides the setting, for example a recipe.
-    """
-
-    make: Callable[[int], Mapping[str, float]]
-    depends: tuple[Any, ...] = ()
-
-
-Figures = Mapping[str, Sequence[Mapping[str, float]]]
-"""A table's figures: for every row one mapping per seed."""
-
-
-def train(
-    recipe: Recipe, on: Setting, name: str, seed: int, given: Mapping[str, Any] | None = None
-) -> Trained:
-    """Build a recipe's mixture for one seed; stages that other rows share are computed once."""
-    folder = on.folder / slug(name, seed)
-    mixture = moediff.build_experts(
-        on.subject.denoiser,
-        on.subject.scheduler,
-        on.task,
-        attrs.evolve(recipe, seed=seed),
-        folder,
-        given,
-        cache=on.folder / "stages",
-        verbose=True,
-    )
-    ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    # A step of a gate that learns masks is one batch for every expert.
-    learning = [ledger.get(stage, {"samples": 0}) for stage in ("prepare", "plan", "recover")]
-    batches = round(sum(spent["samples"] for spent in learning) / on.batch)
-    images = sum(spent["samples"] for spent in ledger.values())
-    return Trained(mixture, mixture.plan, batches, images)
-
-
-def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
-    """The row of a recipe: train it, measure it."""
-    return Row(
-        lambda seed: measure(train(recipe, on, name, seed, given), on, seed), (recipe, given)
-    )
-
-
-def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
-    """The figures of one model; all rows of a seed generate from the same noise."""
-    params, macs = Params().price(on.subject), MACs().price(on.subject)
-    held = row.plan.cost(params, on.sampling)
-    figures = {
-        "trained": changed(row.model, on) / params.full,
-        "live": held["live"] / params.full,
-        "stored": held["stored"] / params.full,
-        "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,
-        "batches": float(row.batches),
-        "images": float(row.images),
-    }
-    run = metric_run(on, seed)
-    latency = Latency(batch=4, pairs=3 if on.options.quick else 15)
-    for metric in (*image_metrics(on), latency):
-        figure = metric.measure(row.model, on.subject, on.reference, run)
-        figures[figure.name] = figure.value
-    return figures
-
-
-def changed(model: nn.Module, on: Setting) -> int:
-    """How many of a model's stored parameters are not the base model's, for a live path or not."""
-    base = {id(p) for p in on.subject.denoiser.parameters()}
-    known = dict(on.subject.denoiser.named_parameters())
-    total = 0
-    for name, parameter in model.named_parameters():
-        own = known.get(name.split(".", 2)[2] if name.startswith("experts.") else name)
-        same = own is not None and own.shape == parameter.shape and torch.equal(own, parameter)
-        total += 0 if id(parameter) in base or same else parameter.numel()
-    return total
-
-
-def metric_run(on: Setting, seed: int) -> Run:
-    """The run in which a seed's models are measured, from the same noise; it keeps features."""
-    return Run(
-        sampling=attrs.evolve(on.sampling, seed=seed),
-        seed=seed,
-        device=on.subject.device,
-        cache=on.folder / "features",
-        verbose=True,
-    )
-
-
-def image_metrics(on: Setting) -> tuple[Metric, ...]:
-    """The two distances of generated images to real ones."""
-    data = None if on.options.data is None else str(on.options.data)
-    return (
-        Frechet(on.extractor, on.samples, data=data),
-        Kernel(on.extractor, on.samples, data=data),
-    )
-
-
-def collect(rows: Mapping[str, Row], on: Setting) -> Figures:
-    """Make every row for every seed; what is on disk is not made again.
-
-    Raises:
-        WorkdirError: what is on disk was made with other recipes or sizes.
-    """
-    figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in rows}
-    for seed in on.seeds:
-        for name, row in rows.items():
-            path = on.folder / f"{slug(name, seed)}.json"
-            key = fingerprint(on.key, row.depends)
-            if not path.exists():
-                print(f"- {name}, seed {seed}", flush=True)
-                write_json(path, {"key": key, "figures": dict(row.make(seed))})
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.get("key") != key:
-                raise WorkdirError(
-                    f"{path}: holds the figures of another recipe or size. Delete {on.folder}, or "
-                    "give another folder with --runs."
-                )
-            figures[name].append(stored["figures"])
-    return figures
 
 
 def distances(figures: Figures) -> list[str]:
@@ -302,9 +150,3 @@ def machine(device: torch.device) -> str:
         where = f"one {torch.cuda.get_device_name(device)}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{where}; {versions}, diffusers {diffusers.__version__}, moediff {version('moediff')}"
-
-
-def slug(name: str, seed: int) -> str:
-    """A file name for a row and a seed."""
-    kept = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-    return f"{kept}-{seed}"

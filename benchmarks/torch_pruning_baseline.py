@@ -31,8 +31,8 @@ from torch import nn
 
 import moediff
 from benchmarks.recipes import finetune
+from benchmarks.rows import Row, Trained, measure
 from benchmarks.settings import Setting
-from benchmarks.tables import Row, Trained, measure
 from moediff import ExpertMixture, Run, Subject, Task
 from moediff.errors import BudgetError
 from moediff.task import denoising_loss

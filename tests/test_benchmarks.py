@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moediff
-from benchmarks import budgets, paper_speed, settings, tables
+from benchmarks import budgets, paper_speed, rows, settings, tables
 from benchmarks import recipes as recipes_of
 from benchmarks.ladder import RUNGS
 from benchmarks.scores import Channels, zeroed
@@ -64,16 +64,14 @@ def test_channels_are_removed_up_to_the_share_and_not_beyond(on: settings.Settin
 def test_trained_parameters_are_those_that_are_not_the_base_models(on: settings.Setting):
     plan = Plan(Intervals.uniform(1000, 2), (Blueprint(),) * 2, {"mid_block.resnets.0": (0, 1)})
     mixture = ExpertMixture.from_experts([on.subject, on.subject], plan).untie()
-    assert tables.changed(on.subject.denoiser, on) == tables.changed(mixture, on) == 0
+    assert rows.changed(on.subject.denoiser, on) == rows.changed(mixture, on) == 0
     first, second = (expert.mid_block.resnets[0].conv1.weight for expert in mixture.experts)
     first.data += 1
-    assert tables.changed(mixture, on) == first.numel()
+    assert rows.changed(mixture, on) == first.numel()
     second.data += 1
     mixture.experts[0].conv_in.bias.data += 1  # shared, so it counts once
-    assert (
-        tables.changed(mixture, on) == 2 * first.numel() + mixture.experts[0].conv_in.bias.numel()
-    )
-    assert tables.measure(tables.Trained(on.subject.denoiser, on.whole), on, 0)["stored"] == 1
+    assert rows.changed(mixture, on) == 2 * first.numel() + mixture.experts[0].conv_in.bias.numel()
+    assert rows.measure(rows.Trained(on.subject.denoiser, on.whole), on, 0)["stored"] == 1
     assert Params().price(on.subject).full > first.numel()
 
 
@@ -121,15 +119,15 @@ def test_an_even_plan_just_meets_its_budget(on: settings.Setting, dropped: int):
 def test_figures_of_another_recipe_are_refused(on: settings.Setting):
     made = []
 
-    def row(*depends: object) -> tables.Row:
-        return tables.Row(lambda seed: made.append(seed) or {"x": 1.0}, depends)
+    def row(*depends: object) -> rows.Row:
+        return rows.Row(lambda seed: made.append(seed) or {"x": 1.0}, depends)
 
-    assert tables.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
-    assert tables.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
+    assert rows.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
+    assert rows.collect({"a": row(1)}, on) == {"a": [{"x": 1.0}]}
     assert made == [0]
-    for rows, other in (({"a": row(2)}, on), ({"a": row(1)}, attrs.evolve(on, steps=5))):
+    for changed, other in (({"a": row(2)}, on), ({"a": row(1)}, attrs.evolve(on, steps=5))):
         with pytest.raises(WorkdirError, match="another recipe or size"):
-            tables.collect(rows, other)
+            rows.collect(changed, other)
     assert made == [0]
 
 
