@@ -139,6 +139,12 @@ def test_another_process_reads_the_table_from_the_usual_place(subject):
     first = QUICK.price(subject)
     latency.TABLES.clear()
     assert torch.equal(QUICK.price(subject).units, first.units)  # no two timings are equal
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert not torch.equal(QUICK.price(subject).units, first.units)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_denoiser_without_weights_is_refused(subject):

@@ -44,8 +44,9 @@ class Latency:
     if they are slower, they are scaled to add up to the call. So a prediction is worth a check:
     `prediction.predicted_and_measured` puts it beside a measurement.
 
-    A table is measured once for a device, a model and a batch size, and kept where Hugging Face's
-    libraries keep such files (`HF_ASSETS_CACHE`). Delete it after the machine has changed.
+    A table is measured once for a device, a number of threads, a model and a batch size, and kept
+    where Hugging Face's libraries keep such files (`HF_ASSETS_CACHE`). Delete it after the machine
+    has changed.
 
     Attributes:
         batch: B, rows of a call; the metric `latency` has the same default.
@@ -86,8 +87,9 @@ class Latency:
         shapes = {k: (v.dtype, tuple(v.shape)) for k, v in subject.denoiser.state_dict().items()}
         config = settings(getattr(subject.denoiser, "config", {}))
         key = fingerprint(
-            device, torch.__version__, self.batch, self.rounds, shapes, config, subject.anatomy
-        )[:16]
+            device, torch.__version__, torch.get_num_threads(), self.batch, self.rounds, shapes,
+            config, subject.anatomy,
+        )[:16]  # fmt: skip
         slug = "".join(c if c.isalnum() else "-" for c in device)
         folder = self.folder or cached_assets_path("moediff", "latency")
         path = Path(folder, f"{slug}-{key}.json")
