@@ -12,6 +12,7 @@ optimiser batches.
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import attrs
 from matplotlib.figure import Figure
@@ -86,14 +87,12 @@ def curve(figures: Figures) -> Figure:
 
 def intervals_of(on: Setting) -> report.Figure:
     """The alignment of the timesteps, from the first seed of the row at half of the MACs."""
-    folder = on.folder / slug(OURS[HALF], on.seeds[0])
-    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    records, _ = read_packed(folder / "records.safetensors")
+    records, _ = read_packed(_folder(on, HALF) / "records.safetensors")
     return report.alignment_plot(
         "Alignment",
         "",
         records["intervals/similarity"],
-        plan.intervals.cuts,
+        _plan(on, HALF).intervals.cuts,
         objective=records["intervals/objective"],
         held_out=records["intervals/held-out-fit"],
     )
@@ -101,9 +100,16 @@ def intervals_of(on: Setting) -> report.Figure:
 
 def experts_of(on: Setting, share: float) -> report.Figure:
     """What the experts of a budget keep, from the first seed."""
-    path = on.folder / slug(OURS[share], on.seeds[0]) / "plan.json"
-    plan = Plan.from_json(path.read_text(encoding="utf-8"))
-    return report.plan_plot(OURS[share], "", on.subject.anatomy, plan)
+    return report.plan_plot(OURS[share], "", on.subject.anatomy, _plan(on, share))
+
+
+def _plan(on: Setting, share: float) -> Plan:
+    return Plan.from_json((_folder(on, share) / "plan.json").read_text(encoding="utf-8"))
+
+
+def _folder(on: Setting, share: float) -> Path:
+    """Where the first seed of a budget was trained."""
+    return on.folder / slug(OURS[share], on.seeds[0])
 
 
 def main() -> None:

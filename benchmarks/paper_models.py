@@ -1,13 +1,17 @@
-"""The papers' denoisers at full size, with random weights: for what weights have no part in."""
+"""The papers' denoisers at full size with random weights, and what scripts that time them share."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 import moediff
+from benchmarks.tables import write_markdown
 from moediff import Subject, Task
 
 BEDROOM: dict[str, Any] = {
@@ -60,3 +64,26 @@ def random_model(config: dict[str, Any], device: str) -> tuple[Subject, Task]:
     subject = moediff.installed().dissect(model, DDPMScheduler())
     labels = config.get("num_class_embeds") and {"class_labels": torch.zeros(4).long()}
     return subject, Task(torch.zeros(4, *subject.shape), labels or {})
+
+
+def parse_args(summary: str, pairs: int) -> argparse.Namespace:
+    """Read the command line; `pairs` is the default number of timed pairs."""
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=pairs, help="timed pairs of calls per row")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def write_table(
+    name: str,
+    title: str,
+    about: str,
+    lines: Sequence[Mapping[str, str]],
+    options: argparse.Namespace,
+) -> None:
+    """Write a script's table, with its command."""
+    made_by = f"python -m benchmarks.{name} --pairs {options.pairs}"
+    made_by += f" --device {options.device}" if options.device != "cpu" else ""
+    path = options.results / f"{name}-{options.device}.md"
+    write_markdown(path, title, about, lines, made_by, torch.device(options.device))

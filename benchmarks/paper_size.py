@@ -9,15 +9,12 @@ discards the paper's share of the parameters is timed beside the full model, at 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 import moediff
-from benchmarks.paper_models import BEDROOM, GUIDED_64, random_model
-from benchmarks.tables import write_markdown
+from benchmarks.paper_models import BEDROOM, GUIDED_64, parse_args, random_model, write_table
 from moediff import Budget, Run, Sampling
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
@@ -84,11 +81,7 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     """Make the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of calls per model")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    options = parse_args(__doc__.splitlines()[0], pairs=7)
     about = (
         "Models with random weights, of which `mid-layer` discards the paper's share of the "
         "parameters, with 2x expansion. Live and stored are shares of the full model's parameters, "
@@ -97,11 +90,8 @@ def main() -> None:
         "weights and one call, in float32. The paper's figures are from one A100."
     )
     lines = [row(case, options) for case in CASES]
-    made_by = f"python -m benchmarks.paper_size --pairs {options.pairs}"
-    made_by += f" --device {options.device}" if options.device != "cpu" else ""
     title = "One call at the paper's sizes (MoEDM Tables 1, 2 and 6)"
-    path = options.results / f"paper_size-{options.device}.md"
-    write_markdown(path, title, about, lines, made_by, torch.device(options.device))
+    write_table("paper_size", title, about, lines, options)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ model's, in pairs.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
-from benchmarks.paper_models import BEDROOM, CHURCH, random_model
-from benchmarks.tables import write_markdown
+from benchmarks.paper_models import BEDROOM, CHURCH, parse_args, random_model, write_table
 from moediff import Blueprint, ExpertMixture, Intervals, Plan, Run, Sampling, Scores, Subject, Task
 from moediff.cost import CostModel
 from moediff.errors import BudgetError
@@ -68,17 +65,13 @@ def plan_at(subject: Subject, prices: CostModel, share: float, dropped: int) -> 
     Raises:
         BudgetError: not even with one unit of every width.
     """
-    units = subject.anatomy.units
-    space = Structural().space(subject, Scores(torch.zeros(len(units))))
+    widths, layers = _chains(subject)
 
     def mask_at(kept: float) -> torch.Tensor:
-        mask = torch.ones(len(units), dtype=torch.float64)
-        for chain in space.chains:
-            layers = units[chain.units[0]].width is None
-            gone = (
-                dropped if layers else min(int(len(chain.units) * (1 - kept)), len(chain.units) - 1)
-            )
-            mask[list(chain.units[:gone])] = 0
+        mask = torch.ones(len(subject.anatomy.units), dtype=torch.float64)
+        mask[layers[:dropped]] = 0
+        for units in widths:
+            mask[units[: min(int(len(units) * (1 - kept)), len(units) - 1)]] = 0
         return mask
 
     def share_at(kept: float) -> float:
@@ -96,17 +89,29 @@ def plan_at(subject: Subject, prices: CostModel, share: float, dropped: int) -> 
 
 def droppable(subject: Subject) -> int:
     """How many layers depth may drop."""
-    space = Structural().space(subject, Scores(torch.zeros(len(subject.anatomy.units))))
-    return sum(
-        len(c.units) for c in space.chains if subject.anatomy.units[c.units[0]].width is None
-    )
+    return len(_chains(subject)[1])
+
+
+def _chains(subject: Subject) -> tuple[list[list[int]], list[int]]:
+    """The units of every width, and the layers that depth may drop, both in order of removal."""
+    units = subject.anatomy.units
+    chains = Structural().space(subject, Scores(torch.zeros(len(units)))).chains
+    widths = [list(chain.units) for chain in chains if units[chain.units[0]].width is not None]
+    layers = [unit for chain in chains for unit in chain.units if units[unit].width is None]
+    return widths, layers
 
 
 def row(
-    case: Case, subject: Subject, task: Task, share: float, dropped: int, pairs: int
+    case: Case,
+    subject: Subject,
+    task: Task,
+    macs: CostModel,
+    params: CostModel,
+    share: float,
+    dropped: int,
+    pairs: int,
 ) -> dict[str, str]:
     """Cut, and time beside the full model."""
-    macs, params = MACs().price(subject), Params().price(subject)
     plan = plan_at(subject, macs, share, dropped)
     mixture = ExpertMixture.from_experts([subject], plan).eval()
     run = Run(sampling=Sampling("ddim", 1), device=subject.device, verbose=True)
@@ -128,17 +133,14 @@ def row(
 
 def main() -> None:
     """Make the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of calls per row")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    options = parse_args(__doc__.splitlines()[0], pairs=5)
     lines = []
     for case in CASES:
         subject, task = random_model(case.config, options.device)
+        macs, params = MACs().price(subject), Params().price(subject)
         for share in case.speed_ups:
             for dropped in (0, droppable(subject) // 2):
-                lines.append(row(case, subject, task, share, dropped, options.pairs))
+                lines.append(row(case, subject, task, macs, params, share, dropped, options.pairs))
                 print(lines[-1], flush=True)
     about = (
         "Models with random weights. Every width keeps an equal share of its units; where layers "
@@ -147,11 +149,8 @@ def main() -> None:
         "interquartile range. The paper's are of whole samplings on one A100, for experts that its "
         "agent chose. Church's attention has 24 channels a head here and 8 heads throughout there."
     )
-    made_by = f"python -m benchmarks.paper_speed --pairs {options.pairs}"
-    made_by += f" --device {options.device}" if options.device != "cpu" else ""
     title = "DiffPruning's budgets as time (Table 1, a and c)"
-    path = options.results / f"paper_speed-{options.device}.md"
-    write_markdown(path, title, about, lines, made_by, torch.device(options.device))
+    write_table("paper_speed", title, about, lines, options)
 
 
 if __name__ == "__main__":

@@ -146,10 +146,11 @@ def collect(rows: Mapping[str, Row], on: Setting) -> Figures:
         WorkdirError: what is on disk was made with other recipes or sizes.
     """
     figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in rows}
+    setting = on.key  # hashes all weights and images
+    keys = {name: fingerprint(setting, row.depends) for name, row in rows.items()}
     for seed in on.seeds:
         for name, row in rows.items():
-            path = on.folder / f"{slug(name, seed)}.json"
-            key = fingerprint(on.key, row.depends)
+            path, key = on.folder / f"{slug(name, seed)}.json", keys[name]
             if not path.exists():
                 print(f"- {name}, seed {seed}", flush=True)
                 write_json(path, {"key": key, "figures": dict(row.make(seed))})

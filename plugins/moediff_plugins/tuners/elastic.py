@@ -41,8 +41,7 @@ class Elastic:
     removes several units at a time counts these as one. Both minimise the interval's denoising loss
     (Eq. 5). The paper trains the two one after the other and does not say whether layers are still
     passed over while widths change; here they are not. The paper sorts units once, before elastic
-    width; the engine ranks those of the finished experts again (of the units in the less important
-    half, 97 % stayed there on the digits).
+    width; the engine ranks those of the finished experts again.
 
     Some random sub-networks, drawn as training draws them, show what it was good for: their losses
     on one batch of the interval, with the given weights and with the tuned ones. The records of

@@ -15,6 +15,7 @@ from torch import nn
 
 from moediff.errors import MoediffError, NoEffectWarning, OptionError
 from moediff.storage import Packed, Tensors
+from moediff.subject import gradients
 from moediff.workdir import Run
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
@@ -187,17 +188,14 @@ def warn_if_idle(tuner: object, steps: int, wanted: int) -> None:
 @contextmanager
 def _training(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Train mode with gradients for `parameters` alone; eval mode, old flags, no `.grad` after."""
-    chosen = {id(parameter) for parameter in parameters}
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    everything = list(module.parameters())
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in chosen)
-        module.train()
-        yield
+        with gradients(everything, False), gradients(parameters, True):
+            module.train()
+            yield
     finally:
         module.eval()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in everything:
             parameter.grad = None
 
 
