@@ -1,7 +1,9 @@
 """DiffPruning's Table 2: what experts, the ERA, elastic depth and elastic width add, one by one.
 
 Every rung has the same number of optimiser batches; those without elastic tuning are fine-tuned
-for longer (Sec. 4.2).
+for longer (Sec. 4.2). Two rows beside the ladder have more, to tell what a part does from what it
+takes away: experts of which each sees as many batches as the single one, and DiffPruning that is
+fine-tuned as long as a rung without elastic tuning.
 
     python -m benchmarks.ladder --on digits
 """
@@ -9,6 +11,8 @@ for longer (Sec. 4.2).
 from __future__ import annotations
 
 from itertools import pairwise
+
+import attrs
 
 from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning
 from benchmarks.rows import Row, collect, trained
@@ -26,12 +30,17 @@ RUNGS = {
 }  # fmt: skip
 """Rung -> the parts of DiffPruning that it is without, lowest first."""
 
+TWICE = "experts, twice the batches"
+LONGER = "DiffPruning, fine-tuned as long as ERA"
+
 
 def rows(on: Setting) -> dict[str, Row]:
-    """The base rows, then the rungs."""
-    return base_rows(on) | {
-        name: trained(diffpruning(on, **parts), on, name) for name, parts in RUNGS.items()
-    }
+    """The base rows, then the rungs, then the two rows with more batches."""
+    recipes = {name: diffpruning(on, **parts) for name, parts in RUNGS.items()}
+    twice = attrs.evolve(on, steps=2 * on.steps)
+    recipes[TWICE] = diffpruning(twice, **RUNGS["+ experts"])
+    recipes[LONGER] = attrs.evolve(recipes["+ elastic width"], recover=recipes["+ ERA"].recover)
+    return base_rows(on) | {name: trained(recipe, on, name) for name, recipe in recipes.items()}
 
 
 def main() -> None:
@@ -39,10 +48,13 @@ def main() -> None:
     options = parse_args(__doc__.splitlines()[0])
     on = load(options, "ladder", effort=EFFORT)
     below = {upper: lower for lower, upper in pairwise(RUNGS)}
+    below |= {TWICE: next(iter(RUNGS)), LONGER: "+ ERA"}
     lines = summarise(collect(rows(on), on), below)
     about = (
-        "Each rung adds one part to the one above it and is compared with that one; the last is "
-        f"DiffPruning. {GATES} " + describe(on)
+        "Each rung adds one part to the one above it and is compared with that one; the rung with "
+        f"elastic width is DiffPruning. The last two rows have more batches: `{TWICE}` is compared "
+        "with the single expert, of which each of its experts has the batches, and "
+        f"`{LONGER}` with that rung, whose fine-tuning it has. {GATES} " + describe(on)
     )
     write_table(
         "ladder", "The parts of DiffPruning at half of the MACs (Table 2)", about, lines, on
