@@ -3,7 +3,8 @@
 The base model is cut to shares of its time by the counter `latency`, and to the same shares of its
 MACs, by equal shares of all widths with and without dropped layers. Then it is cut to half of its
 MACs by random scores, which makes every width another one, with widths as they fall and rounded.
-No training, so no images.
+Last, the Expert Routing Agent spends the budget on two experts. Nothing is fine-tuned, because
+only time is asked for.
 
     python -m benchmarks.latency_budget --on digits
 """
@@ -16,6 +17,7 @@ import attrs
 
 import moediff
 from benchmarks.paper_speed import droppable, plan_at
+from benchmarks.recipes import diffpruning
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import plain, write_table
 from moediff import Budget, ExpertMixture, Recipe, Run
@@ -35,7 +37,7 @@ ROUND_TO = (1, 8, 16)
 
 
 def even(on: Setting, prices: CostModel, what: str) -> Iterator[tuple[str, ExpertMixture | None]]:
-    """The base cut to each share by equal widths; None where one unit of each is still too much."""
+    """The base cut to each share by equal widths; None where one unit of each is above it."""
     for share in SHARES:
         for dropped in (0, droppable(on.subject) // 2):
             name = f"{share:.0%} of {what}, {dropped} layers dropped"
@@ -47,7 +49,7 @@ def even(on: Setting, prices: CostModel, what: str) -> Iterator[tuple[str, Exper
             yield name, ExpertMixture.from_experts([on.subject], plan).eval()
 
 
-def uneven(on: Setting) -> Iterator[tuple[str, ExpertMixture]]:
+def uneven(on: Setting) -> Iterator[tuple[str, ExpertMixture | None]]:
     """The base cut to half of its MACs by random scores."""
     for channels in ROUND_TO:
         recipe = Recipe(
@@ -58,11 +60,28 @@ def uneven(on: Setting) -> Iterator[tuple[str, ExpertMixture]]:
             budget=Budget(0.5, MACs()),
             experts=1,
         )
-        name = f"50% of MACs, uneven, round_to={channels}"
-        yield (
-            name,
-            moediff.build_experts(on.subject.denoiser, on.subject.scheduler, on.task, recipe),
+        yield f"50% of MACs, uneven, round_to={channels}", built(on, recipe)
+
+
+def learned(on: Setting, counter: Latency) -> Iterator[tuple[str, ExpertMixture | None]]:
+    """The base cut to each share of its time by an Expert Routing Agent, for two experts."""
+    for share in SHARES:
+        recipe = attrs.evolve(
+            diffpruning(on, share, depth=False, width=False),
+            clusterer=Uniform(),
+            recover=None,
+            budget=Budget(share, counter),
         )
+        yield f"{share:.0%} of the time, ERA, two experts", built(on, recipe)
+
+
+def built(on: Setting, recipe: Recipe) -> ExpertMixture | None:
+    """A recipe's mixture; None where its pruner's floor is above the budget."""
+    try:
+        mixture = moediff.build_experts(on.subject.denoiser, on.subject.scheduler, on.task, recipe)
+    except BudgetError:
+        return None
+    return mixture.eval()
 
 
 def row(
@@ -89,14 +108,19 @@ def main() -> None:
     """Make the table."""
     options = parse_args(__doc__.splitlines()[0])
     on = load(options, "latency_budget")
-    time = Latency(rounds=3 if options.quick else 31).price(on.subject)
-    macs = MACs().price(on.subject)
-    mixtures = [*even(on, time, "the time"), *even(on, macs, "MACs"), *uneven(on)]
+    counter = Latency(rounds=3 if options.quick else 31)
+    time, macs = counter.price(on.subject), MACs().price(on.subject)
+    mixtures = [
+        *even(on, time, "the time"),
+        *even(on, macs, "MACs"),
+        *uneven(on),
+        *learned(on, counter),
+    ]
     lines = [row(on, time, macs, name, mixture) for name, mixture in mixtures]
     about = (
         f"The {on.name} base model cut to budgets, at batch 4. MACs and time are shares of the "
         "base model's; measured is the median ratio of pairs, with half the interquartile range. "
-        "Out of reach is what one unit of every width still exceeds."
+        "Out of reach is a budget that the least of every width still exceeds."
     )
     write_table("latency_budget", "Budgets in time", about, lines, on)
 
