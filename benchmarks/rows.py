@@ -73,11 +73,11 @@ def train(
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+    steps = sum(ledger[stage]["steps"] for stage in ("prepare", "recover") if stage in ledger)
     # A step of a gate that learns masks is one batch for every expert.
-    learning = [ledger.get(stage, {"samples": 0}) for stage in ("prepare", "plan", "recover")]
-    batches = round(sum(spent["samples"] for spent in learning) / on.batch)
+    masks = ledger["plan"]["samples"] / on.batch if "plan" in ledger else 0
     images = sum(spent["samples"] for spent in ledger.values())
-    return Trained(mixture, mixture.plan, batches, images)
+    return Trained(mixture, mixture.plan, round(steps + masks), images)
 
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
@@ -92,7 +92,7 @@ def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
     params, macs = Params().price(on.subject), MACs().price(on.subject)
     held = row.plan.cost(params, on.sampling)
     figures = {
-        "trained": changed(row.model, on) / params.full,
+        "trained": changed(row.model, on) / params.full if row.batches else 0.0,
         "live": held["live"] / params.full,
         "stored": held["stored"] / params.full,
         "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,

@@ -19,6 +19,7 @@ from benchmarks.scores import Channels, zeroed
 from moediff import Blueprint, ExpertMixture, Intervals, Plan
 from moediff.errors import WorkdirError
 from moediff.masking import masked
+from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.scorers.taylor import Taylor
@@ -98,6 +99,23 @@ def test_every_rung_and_every_budget_takes_as_many_optimiser_batches(on: setting
         batches += elastic.depth_steps + elastic.width_steps if elastic else 0
         assert batches == 1600
     assert budgets.by_score(on, Taylor()).recover.steps == 1600
+
+
+@pytest.mark.parametrize("name", ["distilled", "tuned", "pruned", "by elastic experts and masks"])
+def test_batches_are_optimiser_steps_of_every_expert(on: settings.Setting, name: str):
+    on = attrs.evolve(on, steps=10)
+    recipe = {
+        "distilled": recipes_of.moedm(on),
+        "tuned": recipes_of.moedm(on, real=True),
+        "pruned": attrs.evolve(recipes_of.moedm(on), recover=None),
+        "by elastic experts and masks": attrs.evolve(
+            recipes_of.diffpruning(on), clusterer=Uniform()
+        ),
+    }[name]
+    made = rows.train(recipe, on, name, 0)
+    assert made.batches == (0 if name == "pruned" else 10)
+    assert made.images >= 10 * on.batch or name == "pruned"
+    assert (rows.measure(made, on, 0)["trained"] == 0) == (name == "pruned")
 
 
 @pytest.mark.parametrize("dropped", [0, 2])

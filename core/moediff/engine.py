@@ -80,7 +80,7 @@ def build_experts(
     with preserved(denoiser):
         intervals = _intervals(subject, task, recipe, run, given)
         experts: Sequence[Subject] = subject.split(intervals)
-        rank = _rank(task, recipe, run, given)
+        rank = _rank(intervals, task, recipe, run, given)
         experts = _prepare(experts, rank, intervals, task, recipe, run, given)
         spaces = [rank(expert) for expert in experts if "plan" not in given]
         plan = _allocate(experts, spaces, intervals, task, recipe, run, given)
@@ -157,7 +157,7 @@ def _intervals(
 
 
 def _rank(
-    task: Task, recipe: Recipe, run: Run, given: Mapping[str, Any]
+    intervals: Intervals, task: Task, recipe: Recipe, run: Run, given: Mapping[str, Any]
 ) -> Callable[[Subject], SearchSpace]:
     by_interval = "intervals" in getattr(recipe.scorer, "needs", ())
     known: dict[str, Scores] = {}
@@ -166,7 +166,8 @@ def _rank(
         # Without this, experts that are one object would be scored once each.
         scored = expert if by_interval else attrs.evolve(expert, interval=(0, expert.total))
         if "scores" in given:
-            return recipe.pruner.space(expert, given["scores"])
+            index = int(intervals.route(expert.interval[0]))
+            return recipe.pruner.space(expert, given["scores"].expert(index))
         depends = _depends([scored], task, run, recipe.scorer)
         key = fingerprint(*depends)
         if key not in known:

@@ -7,6 +7,8 @@ pickle, and a kill at any moment loses at most what came after the last checkpoi
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from tqdm.auto import tqdm
 from moediff.errors import ArtefactError, WorkdirError
 from moediff.sampling import Sampling
 from moediff.storage import Packed, Tensors, fingerprint, read_packed, write_json, write_packed
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -114,6 +118,12 @@ class Run:
             mininterval=1.0,
             leave=False,
         )
+
+    def say(self, text: str) -> None:
+        """Tell the user something: logged at INFO, and shown above the bars if `verbose`."""
+        log.info(text)
+        if self.verbose:
+            tqdm.write(text, file=sys.stderr)
 
     def spend(self, samples: int = 0, steps: int = 0) -> None:
         """Add to what the current stage has used."""

@@ -27,6 +27,7 @@ from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.binarise import binarise
 from moediff_plugins.gates.era import ERA, _agent
+from moediff_plugins.gates.independent import Independent
 from moediff_plugins.gates.learned_expansion import LearnedExpansion
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.gates.soft import draw
@@ -235,6 +236,29 @@ def test_one_hot_keeps_experts_separate_that_a_tuner_made_so(subject):
     assert plan.copies == {REST: (0, 1)}
 
 
+def test_one_hot_shares_no_layer_that_the_scores_make_different(subject):
+    """Scores of each interval leave other units; one copy of a layer cannot be both."""
+    units = len(subject.anatomy.units)
+    scores = moediff.Scores(torch.rand(N, units, generator=torch.Generator().manual_seed(0)))
+    recipe = moediff.load_recipe(
+        "moedm", pruner=Structural(), recover=None, budget=moediff.Budget(0.6, MACs())
+    )
+    net, scheduler, task = subject.denoiser, subject.scheduler, tiny_task()
+    given = {"scores": scores}
+    mixture = moediff.build_experts(net, scheduler, task, recipe, given=given)
+    first, second = mixture.plan.masks(subject.anatomy)
+    assert not torch.equal(first, second)
+    for gate in (OneHot(copies=1), OneHot(outer=2)):
+        with pytest.raises(OptionError, match=r"copies: got 1 for .* in 2 intervals, which keep"):
+            moediff.build_experts(
+                net, scheduler, task, attrs.evolve(recipe, gate=gate), given=given
+            )
+    same = {"scores": moediff.Scores(scores.values[0])}
+    recipe = attrs.evolve(recipe, gate=OneHot(copies=1))
+    alike = moediff.build_experts(net, scheduler, task, recipe, given=same)
+    assert alike.plan.blueprints[0] == alike.plan.blueprints[1]
+
+
 def test_one_hot_removes_by_score_per_price(subject):
     """With equal scores, the units that save most go first."""
     scores = moediff.Scores(torch.ones(len(subject.anatomy.units)))
@@ -291,19 +315,20 @@ def test_logistic_noise_keeps_half_at_zero_and_gumbel_does_not():
     assert abs(float(kept) - 0.632) < 0.005
 
 
-def test_era_learns_which_units_matter(subject):
-    """Depth layers that carry the output survive against a rank that is the same for all."""
+@pytest.mark.parametrize(("kind", "rate"), [(ERA, 3e-2), (Independent, 1e-1)])
+@pytest.mark.parametrize("value", [0.45, 0.9])
+def test_the_budget_pulls_the_masks_to_it_from_either_side(subject, kind, rate, value):
+    """R passes its slope straight through the rounding (Eq. 12-15)."""
     run = moediff.Run(sampling=moediff.Sampling("ddim", 10))
-    budget = moediff.Budget(0.6, MACs())
-    gate = ERA(steps=60, batch=4, hidden=32, learning_rate=1e-2)
     experts, spaces = subject.split(INTERVALS), spaces_of(subject, Structural())
+    gate = kind(steps=80, batch=2, learning_rate=rate, penalty=30.0)
+    budget = moediff.Budget(value, MACs())
     gate.allocate(experts, spaces, INTERVALS, budget, tiny_task(), run)
-    penalty = run.records["free/penalty"]
-    assert len(penalty) == 60
-    assert torch.isfinite(penalty).all()
-    assert penalty[-15:].mean() < penalty[:15].mean() + 0.02
-    assert run.records["free/cost"][-15:].mean() == pytest.approx(0.6, abs=0.12)
-    assert abs(float(run.records["free/gap"])) < 0.5
+    cost = run.records["free/cost"]
+    assert abs(float(cost[0]) - value) > 0.1
+    assert cost[-10:].mean() == pytest.approx(value, rel=0.05)
+    penalty = (cost.double() / value).log().abs()  # log(max(T, T_d) / min(T, T_d)) (Eq. 14)
+    torch.testing.assert_close(run.records["free/penalty"].double(), penalty, rtol=1e-4, atol=1e-5)
 
 
 def test_era_leaves_the_experts_as_they_were_and_repeats_itself(subject):

@@ -201,24 +201,26 @@ def test_ablation_resumes_where_it_was_killed(
 
     with pytest.raises(KeyboardInterrupt):
         staged(Interrupted(sampling=sampling, cache=tmp_path), scorer, subject, task)
-    resumed = Run(sampling=sampling, cache=tmp_path)
+    resumed, rows = Run(sampling=sampling, cache=tmp_path), []
+    subject.denoiser.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     found = staged(resumed, scorer, subject, task)
     assert torch.equal(found.values, wanted.values)
-    # Three batches of 3 ablations x 2 images x 2 steps were not done again.
-    assert resumed.ledger["scores"].samples == whole.ledger["scores"].samples - 3 * 12
+    # Three batches of 3 ablations x 2 images x 2 steps were not done again, but they were spent.
+    assert sum(rows) == whole.ledger["scores"].samples - 3 * 12
+    assert resumed.ledger["scores"].samples == whole.ledger["scores"].samples
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
 @pytest.mark.filterwarnings(DIFFUSERS)
 def test_ablation_states_its_cost_before_it_starts(
-    subject: Subject, task: moediff.Task, caplog: pytest.LogCaptureFixture
+    subject: Subject, task: moediff.Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject = part(subject, 0)
-    run = Run(sampling=Sampling(scheduler="heun", steps=3))
-    with caplog.at_level("INFO"):
-        AblationL1(images=2, batch=8).score(subject, task, run)
+    run = Run(sampling=Sampling(scheduler="heun", steps=3), verbose=True)
+    AblationL1(images=2, batch=8).score(subject, task, run)
     (channels,) = (width.count * width.size for width in subject.anatomy.widths.values())
-    plan, estimate = (record.getMessage() for record in caplog.records)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ablation")]
+    plan, estimate = said
     assert f"{channels} ablations x 2 images of 5 denoiser calls" in plan
     assert "s for all batches" in estimate
 

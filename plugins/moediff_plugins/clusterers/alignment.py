@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import attrs
@@ -25,8 +24,6 @@ from moediff_plugins.clusterers.sketching import (
     cosines,
     differentiable,
 )
-
-log = logging.getLogger(__name__)
 
 
 def _even(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -90,11 +87,11 @@ class Alignment:
         run.record("held-out-objective", torch.from_numpy(objectives))
         run.record("held-out-fit", torch.from_numpy(fits))
         cuts, objective = best_cuts(similarity, run.experts)
-        log.info(
-            "alignment: objective %.4f, median split-half reliability of the gradients %.2f, "
-            "best held-out fit with %d experts",
-            objective, float(reliability.median()), 1 + int(fits.argmax()),
-        )  # fmt: skip
+        run.say(
+            f"alignment: objective {objective:.4f}, median split-half reliability of the gradients "
+            f"{float(reliability.median()):.2f}, best held-out fit with {1 + int(fits.argmax())} "
+            "experts"
+        )
         return Intervals(cells.cuts[cut] for cut in cuts)
 
     def _gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
 import attrs
@@ -16,8 +15,6 @@ from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.clusterers.cuts import best_cuts, single_cut_objective
 from moediff_plugins.clusterers.grid import grid
-
-log = logging.getLogger(__name__)
 
 
 @attrs.frozen
@@ -61,7 +58,7 @@ class LossSimilarity:
         run.record("losses", losses)
         run.record("objective", torch.from_numpy(single_cut_objective(matrix.numpy())))
         cuts, objective = best_cuts(matrix.numpy(), run.experts)
-        log.info("loss-similarity: objective %.4f", objective)
+        run.say(f"loss-similarity: objective {objective:.4f}")
         return Intervals(cells.cuts[cut] for cut in cuts)
 
     def _losses(self, subject: Subject, task: Task, run: Run, timesteps: list[int]) -> torch.Tensor:

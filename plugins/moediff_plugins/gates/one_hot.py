@@ -9,6 +9,7 @@ import attrs
 import torch
 from attrs.validators import ge, instance_of, optional
 
+from moediff.anatomy import Anatomy
 from moediff.cost import Allowance, Budget
 from moediff.errors import OptionError
 from moediff.plan import REST, Blueprint, Plan, SearchSpace
@@ -66,7 +67,9 @@ class OneHot:
 
         masks = discard(spaces, bind)
         blueprints = [Blueprint.from_mask(anatomy, mask) for mask in masks]
-        return Plan(intervals, blueprints, table_of(masks))
+        table = table_of(masks)
+        _check_alike(anatomy, blueprints, table)
+        return Plan(intervals, blueprints, table)
 
     def _table(self, experts: Sequence[Subject], left: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Layer name -> N copy numbers, when the layers `left` remain."""
@@ -91,3 +94,19 @@ class OneHot:
                 )
             table[layer.name] = tuple(i * copies // count for i in range(count))
         return table
+
+
+def _check_alike(
+    anatomy: Anatomy, blueprints: Sequence[Blueprint], table: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse copies for several intervals of a layer that these have left with other units."""
+    for layer in anatomy.layers:
+        numbers = table.get(layer.name, table[REST])
+        left = [blueprint.layer(anatomy, layer.name) for blueprint in blueprints]
+        if len(set(zip(numbers, left, strict=True))) > len(set(numbers)):
+            raise OptionError(
+                f"copies: got {len(set(numbers))} for {layer.name} in {len(numbers)} intervals, "
+                "which keep different units of it, because the scores are of each interval by "
+                "itself. Leave `copies`, `uneven` and `outer` out, or take scores that are the "
+                "same for all intervals (`by_interval=False`)."
+            )

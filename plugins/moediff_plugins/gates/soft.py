@@ -135,7 +135,9 @@ def learn(
     run.record("cost", curves[0])
     run.record("penalty", curves[1])
     run.record("probabilities", probabilities)
-    run.record("gap", allowance.cost(probabilities.round()) / allowance.limit - 1)
+    gap = allowance.cost(probabilities.round()) / allowance.limit - 1
+    run.record("gap", gap)
+    run.say(f"{name}: {100 * float(gap):+.1f} % from the budget before binarisation")
     if float(allowance.cost(masks)) < 0.99 * allowance.limit:
         log.warning(
             "%s: the plan costs %.1f %% less than the budget; units this large get no nearer",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Literal
 
@@ -25,8 +24,6 @@ from moediff_plugins.scorers.channels import (
     rank_stability,
 )
 
-log = logging.getLogger(__name__)
-
 
 @attrs.frozen
 class AblationL1:
@@ -36,9 +33,9 @@ class AblationL1:
     absolute difference per pixel and image: the paper's norm divided by the number of pixels,
     so that scores do not grow with the resolution. Scores compare across layers.
 
-    The work is (ablations + 1) x images whole samplings; the numbers are logged at INFO before
-    it starts, the time that it will take after the first batch. A run that was killed goes on at
-    the batch where it stopped.
+    The work is (ablations + 1) x images whole samplings; the numbers are said before it starts
+    (see `Run.say`), the time that it will take after the first batch. A run that was killed goes
+    on at the batch where it stopped.
 
     Attributes:
         grain: "channel" removes every inner channel alone, as Eq. 1 says. A unit's score is then
@@ -93,7 +90,7 @@ class AblationL1:
         if len(chosen) < sum(counts):
             stable = rank_stability(anatomy, distances, run.generator("halves"))
             run.record("rank-stability", torch.tensor(stable))
-            log.info("ablation-l1: the layers' rank stability is %.2f", stable)
+            run.say(f"ablation-l1: the layers' rank stability is {stable:.2f}")
         return Scores(by_unit(anatomy, distances, self.aggregate))
 
     def _chosen(self, counts: list[int], run: Run) -> torch.Tensor:
@@ -119,10 +116,11 @@ class AblationL1:
         if found := checkpoint.load():
             distances, done = found[0]["distances"], found[1]["batches"]
         todo = starts[done:]
-        log.info(
-            "ablation-l1: %d ablations x %d images of %d denoiser calls, %d of %d batches to run",
-            len(chosen), self.images, calls, len(todo), len(starts),
-        )  # fmt: skip
+        run.say(
+            f"ablation-l1: {len(chosen)} ablations x {self.images} images of {calls} denoiser "
+            f"calls, {len(todo)} of {len(starts)} batches to run"
+        )
+        run.spend(samples=min(done * together, len(chosen)) * self.images * calls)
         intact = self._images(expert, torch.ones(0, count), task, run).double()
         run.spend(samples=self.images * calls)
         title = f"ablating {len(chosen)} {self.grain}s"
@@ -140,7 +138,7 @@ class AblationL1:
             run.spend(samples=len(images) * calls)
             if start == todo[0]:
                 took = time.perf_counter() - began
-                log.info("ablation-l1: about %.0f s for all batches", took * len(todo))
+                run.say(f"ablation-l1: about {took * len(todo):.0f} s for all batches")
         return distances
 
     def _images(self, expert: Subject, masks: torch.Tensor, task: Task, run: Run) -> torch.Tensor:

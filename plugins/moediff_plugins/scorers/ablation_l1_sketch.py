@@ -68,6 +68,7 @@ class AblationL1Sketch:
         pulled = torch.zeros(total, channels, dtype=torch.float64)
         if found := checkpoint.load():
             pulled, done = found[0]["pulled"], found[1]["rows"]
+        run.spend(samples=done * calls)
         starts = range(done, total, self.batch)
         for start in run.progress(starts, "sketching ablations", total=len(starts)):
             rows = range(start, min(start + self.batch, total))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import attrs
@@ -17,8 +16,6 @@ from moediff.task import Task
 from moediff.workdir import Run
 from moediff_plugins.scorers.losses import trained_weights, weight_slopes
 from moediff_plugins.scorers.weights import weighted_modules
-
-log = logging.getLogger(__name__)
 
 
 @attrs.frozen
@@ -80,7 +77,7 @@ class DiffPruning:
                 tensors = {str(i): total for i, total in enumerate(sums)}
                 checkpoint.save(tensors, {"losses": losses})
         walked = timesteps[: len(losses)]
-        log.info("diff-pruning: walked %d timesteps, to t = %d", len(walked), walked[-1])
+        run.say(f"diff-pruning: walked {len(walked)} timesteps, to t = {walked[-1]}")
         run.record("losses", torch.tensor(losses))
         run.record("timesteps", torch.tensor(walked))
         terms = {id(w): (w.detach() * s).abs() for w, s in zip(weights, sums, strict=True)}

@@ -35,7 +35,8 @@ def teacher_task(
     Args:
         task: its training prompts are generated; `extra` stays as it is.
         teacher: the full model.
-        sampling: how; None is the recipe's sampling, its seeds half the seeds' range away.
+        sampling: how; None is the recipe's. Its seeds are moved by half of all seeds, away from
+            those that the recipe's sampling, or a measurement with a seed of its own, draws.
         count: how many images.
         batch: images per batch of generation.
         run: the run.
@@ -45,8 +46,8 @@ def teacher_task(
         DataError: an image came out NaN or infinite.
         ArtefactError: stored images are not those that were stored.
     """
-    first = sampling.seeds(1)[0] if sampling else run.sampling.seeds(1)[0] + SEEDS // 2
     how = sampling or run.sampling
+    first = how.seeds(1)[0] + SEEDS // 2
     _check_seeds(first, count, run)
     chosen, null = task.prompts(count, training=True)
     depends = (
@@ -96,8 +97,8 @@ def _check_seeds(first: int, count: int, run: Run) -> None:
         raise OptionError(
             f"sampling: the full model's {count} images would start from seeds that the recipe's "
             f"sampling (seed {run.sampling.seed}) draws, so images to be trained on would be "
-            f"sampled again. Give it another seed, such as {run.sampling.seed + 1}, or leave "
-            "`sampling` out."
+            f"sampled again. Give it another seed, such as {run.sampling.seed}, whose seeds here "
+            "are half of all seeds away."
         )
 
 
