@@ -24,7 +24,7 @@ def rows(on: Setting) -> dict[str, Row]:
 
 def main() -> None:
     """Make the table."""
-    options = parse_args(__doc__.splitlines()[0])
+    options = parse_args(__doc__.splitlines()[0], list(CLASSES))
     lines = []
     for name, label in CLASSES[options.on].items():
         on = load(options, f"one_class-{label}", (label,))

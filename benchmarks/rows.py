@@ -15,7 +15,7 @@ from benchmarks.settings import Setting
 from moediff import Plan, Recipe, Run
 from moediff.errors import WorkdirError
 from moediff.roles import Metric
-from moediff.storage import fingerprint, write_json
+from moediff.storage import fingerprint, read_packed, write_json
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.frechet import Frechet
@@ -32,12 +32,17 @@ class Trained:
         plan: of a mixture, or of the whole model.
         batches: optimiser batches, summed over experts and stages.
         images: all that passed through a denoiser.
+        seconds: of all stages.
+        gap: how far learned masks were from the budget before they were rounded to meet it, as a
+            share of the budget; None where no masks were learned.
     """
 
     model: Any
     plan: Plan
     batches: int = 0
     images: int = 0
+    seconds: float = 0.0
+    gap: float | None = None
 
 
 @attrs.frozen(eq=False)
@@ -77,7 +82,10 @@ def train(
     # A step of a gate that learns masks is one batch for every expert.
     masks = ledger["plan"]["samples"] / on.batch if "plan" in ledger else 0
     images = sum(spent["samples"] for spent in ledger.values())
-    return Trained(mixture, mixture.plan, round(steps + masks), images)
+    seconds = sum(spent["seconds"] for spent in ledger.values())
+    records, _ = read_packed(folder / "records.safetensors")
+    gap = float(records["plan/gap"]) if "plan/gap" in records else None
+    return Trained(mixture, mixture.plan, round(steps + masks), images, seconds, gap)
 
 
 def trained(recipe: Recipe, on: Setting, name: str, given: Mapping[str, Any] | None = None) -> Row:
@@ -98,7 +106,10 @@ def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
         "MACs": row.plan.cost(macs, on.sampling)["live"] / macs.full,
         "batches": float(row.batches),
         "images": float(row.images),
+        "seconds": row.seconds,
     }
+    if row.gap is not None:
+        figures["gap"] = row.gap
     run = metric_run(on, seed)
     latency = Latency(batch=4, pairs=3 if on.options.quick else 15)
     for metric in (*image_metrics(on), latency):

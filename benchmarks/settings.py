@@ -1,20 +1,24 @@
 """What every experiment starts from: a base model, the user's task, and how much work is done.
 
-The scripts of the papers' tables share one command line: `--on digits`, or `--on cifar --data
-FOLDER`; `--device cuda` has larger batches, and is sized for one GPU in under ten minutes, which
-nobody has measured yet.
+The scripts of the papers' tables share one command line: `--on digits`, `--on cifar --data
+FOLDER`, or `--on own --model FOLDER --images FOLDER` for a model and images of one's own; `--device
+cuda` has larger batches, and is sized for one GPU in under ten minutes, which nobody has measured
+yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 import moediff
 from moediff import Blueprint, Intervals, Plan, Sampling, Subject, Task
+from moediff.modelfile import load_model
 from moediff.storage import fingerprint
 from moediff_plugins import digits
 
@@ -40,6 +44,7 @@ class Setting:
         aligned: images per timestep whose gradients are compared.
         stride: timesteps from one that `diff-pruning` walks to to the next.
         sampling: how images are generated.
+        pretraining: optimiser batches that the base took, in words; empty where nobody knows.
         folder: where trained models and measurements are kept.
         options: the command line.
     """
@@ -58,13 +63,14 @@ class Setting:
     aligned: int
     stride: int
     sampling: Sampling
+    pretraining: str
     folder: Path
     options: argparse.Namespace
 
     @property
     def key(self) -> str:
         """What all figures depend on: the base model, the images, and how much work is done."""
-        left_out = ("subject", "folder", "options")
+        left_out = ("subject", "pretraining", "folder", "options")
         fields = [name.name for name in attrs.fields(Setting) if name.name not in left_out]
         return fingerprint(self.subject.denoiser, [getattr(self, name) for name in fields])
 
@@ -84,11 +90,21 @@ class Setting:
         return SEEDS[:1] if self.options.quick else SEEDS
 
 
-def parse_args(summary: str, bases: Sequence[str] = ("digits", "cifar")) -> argparse.Namespace:
+def parse_args(
+    summary: str, bases: Sequence[str] = ("digits", "cifar", "own")
+) -> argparse.Namespace:
     """Read the command line that all scripts share; `bases` are the base models that suit one."""
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--on", choices=bases, default=bases[0])
-    parser.add_argument("--data", type=Path, help="folder of cifar10_jpeg.npz and pets32.npz")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of cifar10_jpeg.npz and pets32.npz, or of an extractor's weights",
+    )
+    if "own" in bases:
+        parser.add_argument("--model", type=Path, help="own: folder with unet/ and scheduler/")
+        parser.add_argument("--images", type=Path, help="own: folder or .npz of the task's images")
+        parser.add_argument("--extractor", default="inception", help="own: of the distances")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for larger sizes")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
@@ -96,38 +112,28 @@ def parse_args(summary: str, bases: Sequence[str] = ("digits", "cifar")) -> argp
     options = parser.parse_args()
     if options.on == "cifar" and options.data is None:
         parser.error("--on cifar needs --data FOLDER, the folder that holds cifar10_jpeg.npz")
+    if options.on == "own" and (options.model is None or options.images is None):
+        parser.error(
+            "--on own needs --model FOLDER, a saved pipeline, and --images FOLDER, images of the "
+            "task in one sub-folder per class or flat"
+        )
     return options
 
 
 def load(
     options: argparse.Namespace, name: str, classes: Sequence[int] = (), effort: int = 1
 ) -> Setting:
-    """Load the base model and the task, by default the digits 3 and 8, or cats and dogs.
+    """Load the base model and the task.
 
     Args:
         options: from `parse_args`.
         name: of the experiment, for its folder under `--runs`.
-        classes: class numbers of the task.
+        classes: class numbers of the task; by default 3 and 8 of the digits, cats and dogs of
+            the photographs, all of one's own images.
         effort: how many times the usual optimiser steps a row has.
     """
-    if options.on == "digits":
-        chosen = classes or (3, 8)
-        base, scheduler = digits.load_base()
-        task, reference = (
-            Task.from_arrays(*digits.load_images(split), null_label=digits.NULL_LABEL)
-            for split in ("train", "all")
-        )
-        extractor, rate, batch, sizes = "digits", 5e-4, 64, (800, 500, 400, 4, 1024, 1)
-    else:
-        from benchmarks import cifar
-
-        chosen = classes or (3, 5)
-        base, scheduler = cifar.load_base()
-        names = [cifar.CLASSES[label] for label in chosen]
-        task, reference = (
-            cifar.load_images(options.data, split, names) for split in ("train", "test")
-        )
-        extractor, rate, batch, sizes = "squeezenet", 3e-4, 32, (300, 500, 200, 2, 128, 10)
+    base = {"digits": _digits, "cifar": _cifar, "own": _own}[options.on](options, classes)
+    batch, sizes = base.batch, base.sizes
     if options.device != "cpu":
         batch, sizes = 4 * batch, (500, 2000, 1000, 8, 1024, 10)
     if options.quick:
@@ -135,19 +141,75 @@ def load(
     steps, samples, teacher, noises, aligned, stride = sizes
     return Setting(
         name=options.on,
-        subject=moediff.installed().dissect(base.to(options.device), scheduler),
-        task=task.subset(chosen),
-        reference=reference.subset(chosen),
-        extractor=extractor,
+        subject=moediff.installed().dissect(base.denoiser.to(options.device), base.scheduler),
+        task=base.task,
+        reference=base.reference,
+        extractor=base.extractor,
         steps=effort * steps,
         batch=batch,
-        rate=rate,
+        rate=base.rate,
         samples=samples,
         teacher=teacher,
         noises=noises,
         aligned=aligned,
         stride=stride,
         sampling=Sampling("ddim", 4 if options.quick else 20),
+        pretraining=base.pretraining,
         folder=options.runs / f"{name}-{options.on}-{options.device}",
         options=options,
     )
+
+
+@attrs.frozen(eq=False)
+class _Base:
+    """What depends on the base model.
+
+    `sizes` are steps, samples, teacher, noises, aligned and stride of `Setting`.
+    """
+
+    denoiser: Any
+    scheduler: Any
+    task: Task
+    reference: Task
+    extractor: str
+    rate: float
+    batch: int
+    sizes: tuple[int, ...]
+    pretraining: str
+
+
+def _digits(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
+    task, reference = (
+        Task.from_arrays(*digits.load_images(split), null_label=digits.NULL_LABEL).subset(
+            classes or (3, 8)
+        )
+        for split in ("train", "all")
+    )
+    card = _card(digits.ASSETS)["base"]
+    took = f"{card['exported_step']:,} of {card['batch_size']} images"
+    sizes = (800, 500, 400, 4, 1024, 1)
+    return _Base(*digits.load_base(), task, reference, "digits", 5e-4, 64, sizes, took)
+
+
+def _cifar(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
+    from benchmarks import cifar
+
+    names = [cifar.CLASSES[label] for label in classes or (3, 5)]
+    task, reference = (cifar.load_images(options.data, split, names) for split in ("train", "test"))
+    card = _card(cifar.ASSETS)
+    took = f"{card['steps']:,} of {card['batch']} images"
+    sizes = (300, 500, 200, 2, 128, 10)
+    return _Base(*cifar.load_base(), task, reference, "squeezenet", 3e-4, 32, sizes, took)
+
+
+def _own(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
+    denoiser, scheduler = load_model(options.model)
+    task = Task.from_folder(options.images, denoiser.config.sample_size)
+    task = task.subset(classes) if classes else task
+    sizes = (300, 500, 200, 2, 128, 10)
+    return _Base(denoiser, scheduler, task, task, options.extractor, 1e-4, 32, sizes, "")
+
+
+def _card(folder: Path) -> Any:
+    """What a base model's training wrote about it."""
+    return json.loads((folder / "card.json").read_text(encoding="utf-8"))

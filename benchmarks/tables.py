@@ -28,24 +28,29 @@ def distances(figures: Figures) -> list[str]:
     return [key for key in first if key.split("[")[0] in ("FD", "KD", "FID", "KID")]
 
 
-def summarise(figures: Figures, against: str | Mapping[str, str]) -> list[dict[str, str]]:
+def summarise(
+    figures: Figures, against: str | Mapping[str, str], compared: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """A line per row: means over seeds, and what changed from another row, paired by seed.
 
     Args:
-        figures: a table's.
+        figures: a table's; a row may be without some of them.
         against: the row that all are compared with, or one for every row that is.
+        compared: figures to compare besides the distances.
     """
     title = against if isinstance(against, str) else "the row it builds on"
+    compared = [*compared, *distances(figures)]
+    keys = dict.fromkeys(key for found in figures.values() for key in found[0])
     lines = []
     for name, found in figures.items():
         other = against if isinstance(against, str) else against.get(name, name)
         line = {"model": name}
         line |= {
-            key: plain(statistics.median(one[key] for one in found))
-            for key in found[0]
-            if key not in distances(figures)
+            key: plain(statistics.median(one[key] for one in found)) if key in found[0] else ""
+            for key in keys
+            if key not in compared
         }
-        for key in distances(figures):
+        for key in compared:
             line[key] = spread([one[key] for one in found])
             pairs = zip(found, figures[other], strict=True)
             gaps = [one[key] - before[key] for one, before in pairs]
@@ -119,12 +124,14 @@ def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
 
 def describe(on: Setting) -> str:
     """What the columns mean, and from how much."""
+    before = f", after {on.pretraining} that the base took" if on.pretraining else ""
     seen = ", most of which were trained on" if on.name == "digits" else ""
     return (
         "Trained, live and stored are shares of the base model's parameters, MACs those of one "
         f"call. `batches` are optimiser batches of {on.batch} images, summed over experts and "
-        "stages; `images` counts all that passed through a denoiser, those for scores and for a "
-        "teacher's images as well. "
+        f"stages{before}; `images` counts all that passed "
+        "through a denoiser, those for scores and for a teacher's images as well, and `seconds` "
+        "all stages, also where rows shared them. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
         f"steps) with {len(on.reference)} real ones{seen}; they are not FID or KID. Latency is the "
         "time of a denoiser call at batch 4 beside the base's, in pairs. Distances are means over "
@@ -137,6 +144,7 @@ def command(name: str, on: Setting) -> str:
     """The command that makes a table, without this machine's folders."""
     words = [f"python -m benchmarks.{name} --on {on.name}"]
     words += ["--data FOLDER"] if on.name == "cifar" else []
+    words += ["--model FOLDER --images FOLDER"] if on.name == "own" else []
     words += [f"--device {on.options.device}"] if on.options.device != "cpu" else []
     words += ["--quick"] if on.options.quick else []
     return " ".join(words)

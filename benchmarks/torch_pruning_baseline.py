@@ -19,6 +19,7 @@ tool's own option; it was chosen after seeing what became of the images without 
 from __future__ import annotations
 
 import copy
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -163,12 +164,14 @@ def pruned_row(on: Setting, share: float, *, keep_path: bool = False) -> Row:
     """The row of torch-pruning at a share of the MACs, trained as the other rows are."""
 
     def make(seed: int) -> dict[str, float]:
+        started = time.perf_counter()
         denoiser = prune_with_torch_pruning(on.subject, on.task, share, seed, keep_path=keep_path)
         run = Run(sampling=on.sampling, seed=seed, device=on.subject.device, verbose=True)
         tuner, mixture = finetune(on), mixture_of(denoiser, on)
         tuner.recover(mixture, on.task, on.subject, run).eval()
         images = SAMPLES + tuner.steps * tuner.batch
-        row = Trained(mixture, on.whole, tuner.steps, images)
+        seconds = time.perf_counter() - started
+        row = Trained(mixture, on.whole, tuner.steps, images, seconds)
         size, macs = (
             counter.count(denoiser).value / counter.count(on.subject.denoiser).value
             for counter in (Params(), MACs())

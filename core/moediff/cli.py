@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from moediff.engine import build_experts
 from moediff.errors import MoediffError, OptionError, WorkdirError
-from moediff.modelfile import load_meta
+from moediff.modelfile import load_meta, load_model
 from moediff.recipe import load_recipe
 from moediff.registry import HOOKS, installed
 from moediff.task import Task
@@ -75,7 +73,7 @@ def _plugins(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     about = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
-    denoiser, scheduler = _model(_table(about, "model", {"path"}))
+    denoiser, scheduler = load_model(_table(about, "model", {"path"})["path"])
     task = _task(_table(about, "task", {"path", "size", "classes", "null_label"}))
     started = (options.out / "run.json").exists()
     if started and not options.resume:
@@ -97,25 +95,6 @@ def _table(about: dict[str, Any], name: str, allowed: set[str]) -> dict[str, Any
             f"other keys only {', '.join(sorted(allowed - {'path'})) or 'none'}."
         )
     return table
-
-
-def _model(table: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a denoiser and its scheduler from a folder that a diffusers pipeline was saved in."""
-    path = Path(table["path"])
-    found = {}
-    for part, fallback in (("unet", "UNet2DModel"), ("scheduler", "DDPMScheduler")):
-        name = "config.json" if part == "unet" else "scheduler_config.json"
-        try:
-            config = json.loads((path / part / name).read_text(encoding="utf-8"))
-            kind = getattr(diffusers, config.get("_class_name", fallback))
-            found[part] = kind.from_pretrained(path / part, local_files_only=True)
-        except (OSError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise OptionError(
-                f"model: cannot load {path / part}: {reason}. Give a folder with unet/ and "
-                "scheduler/, as a diffusers pipeline saves them."
-            ) from error
-    return found["unet"].float().eval(), found["scheduler"]
 
 
 def _task(table: dict[str, Any]) -> Task:

@@ -1,15 +1,41 @@
-"""Read a denoiser's shapes from a diffusers folder or config file, without its weights."""
+"""Read a denoiser from a diffusers folder, or its shapes alone, without its weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 
 from moediff.errors import OptionError
+
+
+def load_model(path: str | Path) -> tuple[Any, Any]:
+    """Load a denoiser (float32, eval mode) and its scheduler from a saved diffusers pipeline.
+
+    Args:
+        path: a folder with unet/ and scheduler/.
+
+    Raises:
+        OptionError: one of the two is missing or cannot be read.
+    """
+    path, found = Path(path), {}
+    for part, fallback in (("unet", "UNet2DModel"), ("scheduler", "DDPMScheduler")):
+        name = "config.json" if part == "unet" else "scheduler_config.json"
+        try:
+            config = json.loads((path / part / name).read_text(encoding="utf-8"))
+            kind = getattr(diffusers, config.get("_class_name", fallback))
+            found[part] = kind.from_pretrained(path / part, local_files_only=True)
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(
+                f"model: cannot load {path / part}: {reason}. Give a folder with unet/ and "
+                "scheduler/, as a diffusers pipeline saves them."
+            ) from error
+    return found["unet"].float().eval(), found["scheduler"]
 
 
 def load_meta(path: str | Path) -> nn.Module:
