@@ -29,8 +29,9 @@ def main() -> None:
     for name, label in CLASSES[options.on].items():
         on = load(options, f"one_class-{label}", (label,))
         found = summarise(collect(rows(on), on), BASE_TUNED)
-        lines += [{"class": name, **line} for line in found]
-    about = "Each class is a task of its own. " + describe(on)
+        real = str(len(on.reference))
+        lines += [{"class": name, "real images": real, **line} for line in found]
+    about = "Each class is a task of its own. " + describe(on, real="the class's")
     write_table("one_class", "One class at a time (MoEDM Tables 2 and 3)", about, lines, on)
 
 

@@ -66,11 +66,12 @@ def random_model(config: dict[str, Any], device: str) -> tuple[Subject, Task]:
     return subject, Task(torch.zeros(4, *subject.shape), labels or {})
 
 
-def parse_args(summary: str, pairs: int) -> argparse.Namespace:
-    """Read the command line; `pairs` is the default number of timed pairs."""
+def parse_args(summary: str, pairs: int = 0) -> argparse.Namespace:
+    """Read the command line; `pairs` is the default number of timed pairs, 0 where none are."""
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=pairs, help="timed pairs of calls per row")
+    if pairs:
+        parser.add_argument("--pairs", type=int, default=pairs, help="timed pairs of calls per row")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -83,7 +84,8 @@ def write_table(
     options: argparse.Namespace,
 ) -> None:
     """Write a script's table, with its command."""
-    made_by = f"python -m benchmarks.{name} --pairs {options.pairs}"
+    made_by = f"python -m benchmarks.{name}"
+    made_by += f" --pairs {options.pairs}" if "pairs" in options else ""
     made_by += f" --device {options.device}" if options.device != "cpu" else ""
     path = options.results / f"{name}-{options.device}.md"
     write_markdown(path, title, about, lines, made_by, torch.device(options.device))

@@ -50,7 +50,6 @@ CASES = (
         "4094 / 5603 M = 0.73",
     ),
 )
-"""The paper's LDM is conditional (cin256-v2); this is the unconditional one of the same kind."""
 
 
 def row(case: Case, options: argparse.Namespace) -> dict[str, str]:
@@ -87,7 +86,8 @@ def main() -> None:
         "parameters, with 2x expansion. Live and stored are shares of the full model's parameters, "
         "MACs and time those of one call at batch 4; the time is the median ratio of "
         f"{options.pairs} pairs, with half the interquartile range. Peak memory is that of all "
-        "weights and one call, in float32. The paper's figures are from one A100."
+        "weights and one call, in float32. The paper's figures are from one A100, and those beside "
+        "LDM of its conditional cin256-v2; the model here is the unconditional one of LSUN-Bedroom."
     )
     lines = [row(case, options) for case in CASES]
     title = "One call at the paper's sizes (MoEDM Tables 1, 2 and 6)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import attrs
 
-from benchmarks.recipes import moedm
+from benchmarks.recipes import base_rows, moedm
 from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, summarise, write_table
@@ -19,7 +19,7 @@ DIRECT = "copies from the start"
 
 
 def rows(on: Setting) -> dict[str, Row]:
-    """One row per way to spend the steps."""
+    """The base rows, then one per way to spend the steps."""
     recipe = moedm(on)
     ways = {
         DIRECT: (0.0, on.steps),
@@ -28,7 +28,7 @@ def rows(on: Setting) -> dict[str, Row]:
         "copies, a third less": (0.0, on.steps * 2 // 3),
         "tied throughout": (1.0, on.steps),
     }
-    found = {}
+    found = base_rows(on)
     for name, (tied, steps) in ways.items():
         recover = attrs.evolve(recipe.recover, tied_share=tied, steps=steps)
         found[name] = trained(attrs.evolve(recipe, recover=recover), on, name)

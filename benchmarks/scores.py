@@ -1,7 +1,8 @@
 """MoEDM's Table 4 and Figure 6: zero the channels that a score calls unimportant, do not train.
 
 Channels are closed in the order of their scores until 5, 10 or 20 % of the model's parameters are
-gone. The better the score, the less the images suffer.
+gone, as in the paper, so a score may close many cheap channels or few dear ones. The better the
+score, the less the images suffer.
 
     python -m benchmarks.scores --on digits
 """
@@ -194,7 +195,9 @@ def main() -> None:
         "first, without any training. `removed` is their share of all parameters, `mid-layers` the "
         "share of what was removed that lay in the layers with the most channels; those hold "
         f"{share:.0%} of what channels hold. `images` counts those that the scorer passed through "
-        f"the denoiser. Distances compare {on.samples} images "
+        "the denoiser; where it takes gradients (`ablation-l1-sketch`, `taylor`, `diff-pruning`, "
+        "`gradient`) each of them also goes back, at two to three times the cost of the way there. "
+        f"Distances compare {on.samples} images "
         f"({on.sampling.scheduler}, {on.sampling.steps} steps) with {len(on.reference)} real ones; "
         f"they are not FID or KID. Means over the seeds {', '.join(map(str, on.seeds))} with their "
         "standard deviation; differences are paired by seed, with a 95 % confidence interval."

@@ -122,8 +122,8 @@ def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
     write_atomic(path, lambda target: target.write_bytes(base64.b64decode(figure.png)))
 
 
-def describe(on: Setting) -> str:
-    """What the columns mean, and from how much."""
+def describe(on: Setting, real: str = "") -> str:
+    """What the columns mean, and from how much; `real` says which real images, if not how many."""
     before = f", after {on.pretraining} that the base took" if on.pretraining else ""
     seen = ", most of which were trained on" if on.name == "digits" else ""
     return (
@@ -133,7 +133,8 @@ def describe(on: Setting) -> str:
         "through a denoiser, those for scores and for a teacher's images as well, and `seconds` "
         "all stages, also where rows shared them. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
-        f"steps) with {len(on.reference)} real ones{seen}; they are not FID or KID. Latency is the "
+        f"steps) with {real or len(on.reference)} real ones{seen}; they are not FID or KID. "
+        "Latency is the "
         "time of a denoiser call at batch 4 beside the base's, in pairs. Distances are means over "
         f"the seeds {', '.join(map(str, on.seeds))} with their standard deviation, other columns "
         "medians; differences are paired by seed, with a 95 % confidence interval."

@@ -42,8 +42,9 @@ class Alignment:
     Gradients are sketched to d numbers, parameter by parameter, while the backward pass makes them.
     The root mean square error of a cosine a is at most 2 (1 - a^2) / sqrt(d - 2) to first order and
     about half of that in practice (`sketching.CountSketch` derives it): 0.016 at the default.
-    Beside the denoiser this needs its largest layers' gradients and 2 G d floats, also on disk,
-    where they serve any number of experts. Without a sketch it is 3 G P floats for P parameters.
+    Beside the denoiser this needs the activations of a batch, its largest layers' gradients and
+    2 G d floats, also on disk, where they serve any number of experts. Without a sketch it is
+    3 G P floats for P parameters.
 
     Records "similarity" (G, G), "timesteps" (G,), "objective" (G - 1,), Eq. 1 by the place of a
     single cut, and "reliability" (G,), the cosine between the gradients of two halves of the
@@ -56,7 +57,9 @@ class Alignment:
     Attributes:
         stride: timesteps per cell, G = ceil(T / stride).
         images: images per cell; the paper takes 1,024, and 16,384 for ImageNet.
-        batch: how many of them go through the denoiser at once.
+        batch: how many of them go through the denoiser at once. At the size of LSUN-Bedroom (274 M
+            parameters, 64x64) each adds 0.4 GB; 1 or 2 stay below a second copy of the model
+            (`benchmarks/paper_alignment.py`).
         sketch: d, an even number; None keeps whole gradients, and so does a denoiser of at most d
             parameters.
     """
