@@ -95,6 +95,7 @@ def intervals_of(on: Setting) -> report.Figure:
         _plan(on, HALF).intervals.cuts,
         objective=records["intervals/objective"],
         held_out=records["intervals/held-out-fit"],
+        reliability=records["intervals/reliability"],
     )
 
 

@@ -27,7 +27,7 @@ from moediff_plugins.gates.era import ERA
 from moediff_plugins.metrics.features import generate_images
 from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.latency import Latency
-from moediff_plugins.report import alignment_plot, plan_plot, sample_grid, write_page
+from moediff_plugins.report import Table, alignment_plot, plan_plot, sample_grid, write_page
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic
@@ -218,6 +218,7 @@ def page(
             pruned[0].plan.intervals.cuts,
             objective=records["intervals/objective"],
             held_out=records["intervals/held-out-fit"],
+            reliability=records["intervals/reliability"],
         )
     )
     note = "Share of groups and heads that each expert keeps; a cross is a dropped layer."
@@ -232,8 +233,8 @@ def page(
         "Optimiser steps are summed over stages and experts, those of the ERA included. Latency: "
         "median ratio of paired samplings at batch 64, with half the interquartile range."
     )
-    cells = [list(row.values()) for row in table]
-    write_page(path, "moediff: two papers, one engine", summary, list(table[0]), cells, figures)
+    cells = Table(list(table[0]), [list(row.values()) for row in table])
+    write_page(path, "moediff: two papers, one engine", summary, [cells], figures)
 
 
 if __name__ == "__main__":

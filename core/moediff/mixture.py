@@ -207,14 +207,10 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 "mixture: the weights are not those that were saved (checksum differs). Restore a "
                 "copy or build it again."
             )
-        base_class = getattr(diffusers, data["base_class"])
-        with torch.device("meta"):
-            base = base_class.from_config(data["config"])
-        kind = getattr(diffusers, data["scheduler"]["class"])
-        subject = installed().dissect(base, kind.from_config(data["scheduler"]["config"]))
+        subject = base_shapes(data)
         plan = Plan.from_json(data["plan"])
         tied, sources = bool(data["tied"]), data["sources"]
-        bases = {number: copy.deepcopy(base) for number in set(sources)}
+        bases = {number: copy.deepcopy(subject.denoiser) for number in set(sources)}
         denoisers = [bases[number] for number in sources]
         experts = surgery.assemble(denoisers, subject.anatomy, plan, tied=tied)
         mixture = cls(experts, plan, subject, tied=tied)
@@ -295,6 +291,15 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         raise _refusal("IP-Adapter")
+
+
+def base_shapes(data: Mapping[str, Any]) -> Subject:
+    """The base model of a mixture on `meta`, without weights, from what `pack` or a file has."""
+    base_class = getattr(diffusers, data["base_class"])
+    with torch.device("meta"):
+        base = base_class.from_config(data["config"])
+    kind = getattr(diffusers, data["scheduler"]["class"])
+    return installed().dissect(base, kind.from_config(data["scheduler"]["config"]))
 
 
 def _checksum(data: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: a table, sample grids, alignment, and the experts' shapes."""
+"""One self-contained HTML page: tables, sample grids, curves, alignment, the experts' shapes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ PAGE = """<!doctype html>
  img { max-width: 100%; height: auto; } p.note { color: #55606e; max-width: 60rem; }
 </style></head><body>
 <h1>{{ title }}</h1><p class="note">{{ summary }}</p>
-<div class="wide"><table><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-</thead><tbody>{% for row in rows %}
+{% for table in tables %}{% if table.title %}<h2>{{ table.title }}</h2>{% endif %}
+<div class="wide"><table><thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}
+</tr></thead><tbody>{% for row in table.rows %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
+{% endfor %}
 {% for figure in figures %}
 <h2>{{ figure.title }}</h2><p class="note">{{ figure.note }}</p>
 <img alt="{{ figure.title }}" src="data:image/png;base64,{{ figure.png }}">{% endfor %}
@@ -51,21 +53,23 @@ class Figure:
     png: str = attrs.field(repr=False)
 
 
+@attrs.frozen
+class Table:
+    """A table of the page; the first may go without a title."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+
 def write_page(
-    path: Path,
-    title: str,
-    summary: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    figures: Sequence[Figure],
+    path: Path, title: str, summary: str, tables: Sequence[Table], figures: Sequence[Figure]
 ) -> None:
     """Write the page; it loads nothing from elsewhere."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = template.render(
-        title=title, summary=summary, columns=columns, rows=rows, figures=figures
-    )
+    html = template.render(title=title, summary=summary, tables=tables, figures=figures)
     write_atomic(path, lambda target: target.write_text(html, encoding="utf-8"))
 
 
@@ -103,6 +107,7 @@ def alignment_plot(
     cuts: Sequence[int],
     objective: torch.Tensor | None = None,
     held_out: torch.Tensor | None = None,
+    reliability: torch.Tensor | None = None,
 ) -> Figure:
     """The similarity matrix (G, G) of a grid on [0, T) with its cut points (DiffPruning Fig. 3).
 
@@ -113,10 +118,13 @@ def alignment_plot(
         cuts: the boundaries 0 to T of the intervals.
         objective: J (G - 1,) by the place of a single cut (Supp. Fig. 2-5), beside the matrix.
         held_out: the fit (N,) of one half of the samples by the other, for 1 to N experts.
+        reliability: cosine (G,) of the gradients of two halves of the samples; near 0 the matrix
+            is noise.
     """
-    total = cuts[-1]
-    curves = [curve for curve in (objective, held_out) if curve is not None]
+    total, size = cuts[-1], len(similarity)
+    curves = [curve for curve in (objective, held_out, reliability) if curve is not None]
     canvas, axes = _beside(len(curves))
+    beside = iter(axes[1:])
     image = axes[0].imshow(
         similarity.numpy(), origin="lower", extent=(0, total, 0, total), vmin=-1, vmax=1,
         cmap="RdBu_r",
@@ -127,11 +135,17 @@ def alignment_plot(
     axes[0].set(xlabel="timestep", ylabel="timestep")
     canvas.colorbar(image, ax=axes[0], label="cosine similarity of gradients")
     if objective is not None:
-        axes[1].plot(Intervals.uniform(total, len(similarity)).cuts[1:-1], objective.numpy())
-        axes[1].set(xlabel="single cut at timestep", ylabel="objective J", xlim=(0, total))
+        axis = next(beside)
+        axis.plot(Intervals.uniform(total, size).cuts[1:-1], objective.numpy())
+        axis.set(xlabel="single cut at timestep", ylabel="objective J", xlim=(0, total))
     if held_out is not None:
-        axes[-1].plot(range(1, len(held_out) + 1), held_out.numpy(), marker="o")
-        axes[-1].set(xlabel="experts", ylabel="held-out fit")
+        axis = next(beside)
+        axis.plot(range(1, len(held_out) + 1), held_out.numpy(), marker="o")
+        axis.set(xlabel="experts", ylabel="held-out fit")
+    if reliability is not None:
+        axis = next(beside)
+        axis.plot([(k + 0.5) * total / size for k in range(size)], reliability.numpy())
+        axis.set(xlabel="timestep", ylabel="halves agree", xlim=(0, total), ylim=(-0.1, 1.05))
     return Figure(title, note, _png(canvas))
 
 
@@ -143,6 +157,23 @@ def _beside(rows: int) -> tuple[Any, list[Any]]:
     grid = canvas.add_gridspec(max(rows, 1), 5)
     large = canvas.add_subplot(grid[:, :3] if rows else grid[:, :])
     return canvas, [large, *(canvas.add_subplot(grid[row, 3:]) for row in range(rows))]
+
+
+def curves_plot(title: str, note: str, curves: Mapping[str, torch.Tensor]) -> Figure:
+    """Small panels side by side of curves (steps,), for example of losses."""
+    from matplotlib.figure import Figure as Canvas
+
+    rows = -(-len(curves) // 3)
+    canvas = Canvas(figsize=(10, 2.1 * rows), layout="constrained")
+    axes = canvas.subplots(rows, 3, squeeze=False).flatten()
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        axis.plot(range(1, len(curve) + 1), curve.numpy(), linewidth=0.8)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    return Figure(title, note, _png(canvas))
 
 
 def plan_plot(title: str, note: str, anatomy: Anatomy, plan: Plan) -> Figure:

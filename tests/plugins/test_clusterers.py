@@ -218,9 +218,9 @@ def test_the_plot_shows_the_curves_that_it_is_given() -> None:
     curve, fits = torch.from_numpy(single_cut_objective(matrix.numpy())), torch.rand(8)
     figures = [
         alignment_plot("Alignment", "", matrix, (0, 400, 1000), *curves)
-        for curves in ((), (curve,), (curve, fits), (curve, fits.flip(0)))
+        for curves in ((), (curve,), (curve, fits), (curve, fits.flip(0)), (None, None, matrix[0]))
     ]
-    assert len({figure.png for figure in figures}) == 4
+    assert len({figure.png for figure in figures}) == 5
 
 
 @pytest.mark.parametrize("cut", [200, 700])

@@ -1,0 +1,185 @@
+"""The page of one run: what was built, how it was found, and what that took.
+
+python -m moediff_plugins.run_page DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moediff.errors import MoediffError, WorkdirError
+from moediff.mixture import ExpertMixture, base_shapes
+from moediff.sampling import Sampling, generate, initial_noise
+from moediff.storage import Tensors, read_packed
+from moediff.subject import Subject
+from moediff_plugins.counters.macs import MACs
+from moediff_plugins.counters.params import Params
+from moediff_plugins.report import (
+    Figure,
+    Table,
+    alignment_plot,
+    curves_plot,
+    plan_plot,
+    sample_grid,
+    write_page,
+)
+
+
+def write_run_page(folder: str | Path, samples: int = 16) -> Path:
+    """Write `report.html` into the folder of a finished run.
+
+    Args:
+        folder: the `workdir` of `build_experts`, or `--out` of `moediff run`.
+        samples: how many images to show, from the run's sampling without guidance; of a
+            class-conditional model one class after the other.
+
+    Raises:
+        WorkdirError: the folder holds no finished run.
+    """
+    folder = Path(folder)
+    try:
+        recipe, ledger, data = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("run.json", "ledger.json", "mixture/mixture.json")
+        )
+        records, _ = read_packed(folder / "records.safetensors")
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{folder}: holds no finished run ({error}). Give the folder of a run that has ended, "
+            "or go on with it first."
+        ) from error
+    mixture, base = ExpertMixture.from_pretrained(folder / "mixture"), base_shapes(data)
+    sampling = Sampling(**recipe["recipe"]["sampling"])
+    figures = []
+    if samples:
+        figures.append(_samples(mixture, base, sampling, samples))
+    if "intervals/similarity" in records:
+        figures.append(_alignment(records, mixture))
+    note = "Share of the units of every width; a cross is a dropped layer."
+    figures.append(plan_plot("What the experts keep", note, base.anatomy, mixture.plan))
+    curves = {name: values for name, values in records.items() if _is_curve(name, values)}
+    if curves:
+        note = "Losses, and of a gate that learns masks its cost (share of the base's) and R."
+        figures.append(curves_plot("Training", note, curves))
+    path = folder / "report.html"
+    tables = [_experts(mixture, base, sampling), _ledger(ledger)]
+    write_page(
+        path, f"moediff run: {folder.name}", _words(recipe["recipe"], records), tables, figures
+    )
+    return path
+
+
+def _words(recipe: Mapping[str, Any], records: Tensors) -> str:
+    """The recipe, and how near to its budget the masks came by themselves."""
+    parts = [f"{role} {found['name']}" for role, found in recipe.items()
+             if isinstance(found, dict) and "name" in found]  # fmt: skip
+    budget = recipe["budget"]
+    text = (
+        f"Recipe: {', '.join(parts)}; {recipe['experts']} experts; budget {budget['value']:.4g} of "
+        f"the base's {budget['counter']['name']} ({budget['of']}); seed {recipe['seed']}."
+    )
+    if "plan/gap" in records:
+        gap = 100 * float(records["plan/gap"])
+        text += f" Before binarisation the masks were {gap:+.1f} % from the budget."
+    return text
+
+
+def _experts(mixture: ExpertMixture, base: Subject, sampling: Sampling) -> Table:
+    """What each expert costs, and the whole."""
+    plan, layers = mixture.plan, len(base.anatomy.layers)
+    params, macs = Params().price(base), MACs().price(base)
+    calls = sampling.calls(base.scheduler, plan.intervals)
+    masks = plan.masks(base.anatomy)
+    each = zip(
+        plan.intervals, plan.blueprints, params.experts(masks), macs.experts(masks), calls,
+        strict=True,
+    )  # fmt: skip
+    rows = [
+        [f"expert {index}", f"{low} to {high - 1}", f"{layers - len(blueprint.drop)} / {layers}",
+         f"{float(size) / 1e6:.2f} M", f"{float(work) / 1e9:.3f} G", str(count)]
+        for index, ((low, high), blueprint, size, work, count) in enumerate(each)
+    ]  # fmt: skip
+    stored = plan.cost(params, sampling)["stored"]
+    work = plan.cost(macs, sampling)["live"]
+    whole = f"0 to {base.total - 1}"
+    rows += [
+        ["mixture", whole, "", f"{stored / 1e6:.2f} M stored", f"{work / 1e9:.3f} G on average",
+         str(sum(calls))],
+        ["base", whole, f"{layers} / {layers}", f"{params.full / 1e6:.2f} M",
+         f"{macs.full / 1e9:.3f} G", str(sum(calls))],
+    ]  # fmt: skip
+    columns = ["", "timesteps", "layers", "parameters", "MACs of a call", "calls per image"]
+    return Table(columns, rows)
+
+
+def _ledger(ledger: Mapping[str, Mapping[str, float]]) -> Table:
+    """What every stage took."""
+    rows = [
+        [stage, f"{spent['samples']:,}", f"{spent['steps']:,}", f"{spent['seconds']:.0f}"]
+        for stage, spent in ledger.items()
+    ]
+    columns = ["stage", "images through a denoiser", "optimiser steps", "seconds"]
+    return Table(columns, rows, "What it took")
+
+
+def _samples(mixture: ExpertMixture, base: Subject, sampling: Sampling, count: int) -> Figure:
+    """Images of the mixture."""
+    sampling = Sampling(sampling.scheduler, sampling.steps, seed=sampling.seed)
+    seeds, conditioning = sampling.seeds(count), {}
+    note = f"{sampling.scheduler}, {sampling.steps} steps, no guidance."
+    if classes := mixture.config.get("num_class_embeds"):
+        conditioning["class_labels"] = torch.arange(count) % classes
+        note += " One class after the other, from 0."
+    with torch.no_grad():
+        noise = initial_noise(seeds, base.shape)
+        made = generate(mixture, base.scheduler, sampling, noise, conditioning, {}, seeds)
+    return sample_grid("Samples", note, {"mixture": made[:, :3].float()})
+
+
+def _alignment(records: Tensors, mixture: ExpertMixture) -> Figure:
+    """The matrix that the intervals were cut from."""
+    found = {
+        name: records.get(f"intervals/{key}")
+        for name, key in (
+            ("objective", "objective"), ("held_out", "held-out-fit"), ("reliability", "reliability")
+        )
+    }  # fmt: skip
+    note = "Where the halves do not agree, the matrix is noise: take more images."
+    return alignment_plot(
+        "Alignment of timesteps",
+        note if found["reliability"] is not None else "",
+        records["intervals/similarity"],
+        mixture.intervals.cuts,
+        **found,
+    )
+
+
+def _is_curve(name: str, values: torch.Tensor) -> bool:
+    last = name.split("/")[-1]
+    learned = name in ("plan/cost", "plan/penalty")
+    return values.ndim == 1 and len(values) > 1 and (learned or last.startswith("loss-"))
+
+
+def main() -> int:
+    """Write the page of the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of a finished run")
+    parser.add_argument("--samples", type=int, default=16, help="images to show, 0 for none")
+    options = parser.parse_args()
+    try:
+        print(f"wrote {write_run_page(options.folder, options.samples)}")
+    except MoediffError as error:
+        print(f"run_page: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
