@@ -17,9 +17,9 @@ from pathlib import Path
 import attrs
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning, finetune, from_scratch
+from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch, whole_task
 from benchmarks.rows import Figures, Row, collect, slug, trained
-from benchmarks.settings import Setting, load, parse_args
+from benchmarks.settings import Setting, parse_args
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe
@@ -116,9 +116,9 @@ def _folder(on: Setting, share: float) -> Path:
 def main() -> None:
     """Make the table and the plots."""
     options = parse_args(__doc__.splitlines()[0])
-    on = load(options, "budgets", effort=EFFORT)
+    on = whole_task(options, "budgets")
     figures = collect(rows(on), on)
-    lines = summarise(figures, OURS[HALF], ["latency"])
+    lines = summarise(figures, OURS[HALF], ["latency", "loss"])
     about = (
         "Budgets are shares of the base model's MACs. `taylor`, `diff-pruning` and `torch-pruning` "
         "prune one model, without elastic tuning; the first two remove what has the lowest score "

@@ -43,8 +43,8 @@ def main() -> None:
     """Make the table."""
     options = parse_args(__doc__.splitlines()[0], bases=("cifar",))
     on = load(options, "domain_shift")
-    task, reference = (cifar.load_pets(options.data, split) for split in ("train", "test"))
-    on = attrs.evolve(on, task=task, reference=reference)
+    task, test = (cifar.load_pets(options.data, split) for split in ("train", "test"))
+    on = attrs.evolve(on, task=task, reference=test, unseen=test)
     lines = summarise(collect(rows(on), on), MOEDM)
     about = "A base trained on CIFAR-10 is tuned to pets32, on its images. " + describe(on)
     write_table("domain_shift", "Domain shift (MoEDM Table 1)", about, lines, on)

@@ -18,9 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.recipes import diffpruning, finetune
+from benchmarks.recipes import diffpruning, finetune, whole_task
 from benchmarks.rows import Figures, Row, collect, slug, train
-from benchmarks.settings import Setting, load, parse_args
+from benchmarks.settings import Setting, parse_args
 from benchmarks.tables import difference, write_plot, write_table
 from moediff import (
     Blueprint,
@@ -188,7 +188,7 @@ def plot(figures: Figures) -> Figure:
 def main() -> None:
     """Make the table and the figure."""
     options = parse_args(__doc__.splitlines()[0])
-    on = load(options, "elastic_ranks")
+    on = whole_task(options, "elastic_ranks", effort=1)
     figures = collect(rows(on), on)
     subnets = sum(key.startswith("base/") for key in next(iter(figures.values()))[0])
     about = (

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import attrs
 
-from benchmarks.recipes import EFFORT, GATES, base_rows, diffpruning
+from benchmarks.recipes import GATES, base_rows, diffpruning, whole_task
 from benchmarks.rows import Row, collect, trained
-from benchmarks.settings import Setting, load, parse_args
+from benchmarks.settings import Setting, parse_args
 from benchmarks.tables import describe, summarise, write_table
 
 RUNGS = {
@@ -46,10 +46,10 @@ def rows(on: Setting) -> dict[str, Row]:
 def main() -> None:
     """Make the table."""
     options = parse_args(__doc__.splitlines()[0])
-    on = load(options, "ladder", effort=EFFORT)
+    on = whole_task(options, "ladder")
     below = {upper: lower for lower, upper in pairwise(RUNGS)}
     below |= {TWICE: next(iter(RUNGS)), LONGER: "+ ERA"}
-    lines = summarise(collect(rows(on), on), below, ["latency"])
+    lines = summarise(collect(rows(on), on), below, ["latency", "loss"])
     about = (
         "Each rung adds one part to the one above it and is compared with that one; the rung with "
         f"elastic width is DiffPruning. The last two rows have more batches: `{TWICE}` is compared "

@@ -21,6 +21,7 @@ from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.kernel import Kernel
 from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.metrics.loss import Loss
 
 
 @attrs.frozen(eq=False)
@@ -111,6 +112,8 @@ def measure(row: Trained, on: Setting, seed: int) -> dict[str, float]:
     if row.gap is not None:
         figures["gap"] = row.gap
     run = metric_run(on, seed)
+    loss = Loss().measure(row.model, on.subject, on.unseen, run)
+    figures[loss.name] = loss.value
     latency = Latency(batch=4, pairs=3 if on.options.quick else 15)
     for metric in (*image_metrics(on), latency):
         figure = metric.measure(row.model, on.subject, on.reference, run)

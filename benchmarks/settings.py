@@ -34,6 +34,8 @@ class Setting:
         subject: the base model.
         task: the images to train on.
         reference: the images that generated ones are compared with.
+        unseen: images that nothing was trained on, for the loss; one's own are not divided, so
+            there these are the task's.
         extractor: whose features the distances use.
         steps: optimiser steps of every trained row.
         batch: images per step.
@@ -53,6 +55,7 @@ class Setting:
     subject: Subject
     task: Task
     reference: Task
+    unseen: Task
     extractor: str
     steps: int
     batch: int
@@ -70,7 +73,7 @@ class Setting:
     @property
     def key(self) -> str:
         """What all figures depend on: the base model, the images, and how much work is done."""
-        left_out = ("subject", "pretraining", "folder", "options")
+        left_out = ("subject", "unseen", "pretraining", "folder", "options")
         fields = [name.name for name in attrs.fields(Setting) if name.name not in left_out]
         return fingerprint(self.subject.denoiser, [getattr(self, name) for name in fields])
 
@@ -144,6 +147,7 @@ def load(
         subject=moediff.installed().dissect(base.denoiser.to(options.device), base.scheduler),
         task=base.task,
         reference=base.reference,
+        unseen=base.unseen,
         extractor=base.extractor,
         steps=effort * steps,
         batch=batch,
@@ -171,6 +175,7 @@ class _Base:
     scheduler: Any
     task: Task
     reference: Task
+    unseen: Task
     extractor: str
     rate: float
     batch: int
@@ -179,27 +184,27 @@ class _Base:
 
 
 def _digits(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
-    task, reference = (
+    task, reference, unseen = (
         Task.from_arrays(*digits.load_images(split), null_label=digits.NULL_LABEL).subset(
             classes or (3, 8)
         )
-        for split in ("train", "all")
+        for split in ("train", "all", "test")
     )
     card = _card(digits.ASSETS)["base"]
     took = f"{card['exported_step']:,} of {card['batch_size']} images"
     sizes = (800, 500, 400, 4, 1024, 1)
-    return _Base(*digits.load_base(), task, reference, "digits", 5e-4, 64, sizes, took)
+    return _Base(*digits.load_base(), task, reference, unseen, "digits", 5e-4, 64, sizes, took)
 
 
 def _cifar(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
     from benchmarks import cifar
 
     names = [cifar.CLASSES[label] for label in classes or (3, 5)]
-    task, reference = (cifar.load_images(options.data, split, names) for split in ("train", "test"))
+    task, test = (cifar.load_images(options.data, split, names) for split in ("train", "test"))
     card = _card(cifar.ASSETS)
     took = f"{card['steps']:,} of {card['batch']} images"
     sizes = (300, 500, 200, 2, 128, 10)
-    return _Base(*cifar.load_base(), task, reference, "squeezenet", 3e-4, 32, sizes, took)
+    return _Base(*cifar.load_base(), task, test, test, "squeezenet", 3e-4, 32, sizes, took)
 
 
 def _own(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
@@ -207,7 +212,7 @@ def _own(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
     task = Task.from_folder(options.images, denoiser.config.sample_size)
     task = task.subset(classes) if classes else task
     sizes = (300, 500, 200, 2, 128, 10)
-    return _Base(denoiser, scheduler, task, task, options.extractor, 1e-4, 32, sizes, "")
+    return _Base(denoiser, scheduler, task, task, task, options.extractor, 1e-4, 32, sizes, "")
 
 
 def _card(folder: Path) -> Any:

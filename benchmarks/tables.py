@@ -125,13 +125,18 @@ def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
 def describe(on: Setting, real: str = "") -> str:
     """What the columns mean, and from how much; `real` says which real images, if not how many."""
     before = f", after {on.pretraining} that the base took" if on.pretraining else ""
-    seen = ", most of which were trained on" if on.name == "digits" else ""
+    seen = ""
+    if on.reference is on.task:
+        seen = ", which were trained on"
+    elif on.reference is not on.unseen:
+        seen = ", most of which were trained on"
     return (
         "Trained, live and stored are shares of the base model's parameters, MACs those of one "
         f"call. `batches` are optimiser batches of {on.batch} images, summed over experts and "
         f"stages{before}; `images` counts all that passed "
         "through a denoiser, those for scores and for a teacher's images as well, and `seconds` "
         "all stages, also where rows shared them. "
+        "`loss` is the denoising loss on images that were not trained on. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
         f"steps) with {real or len(on.reference)} real ones{seen}; they are not FID or KID. "
         "Latency is the "

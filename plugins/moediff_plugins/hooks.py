@@ -21,6 +21,7 @@ from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.kernel import Kernel
 from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.metrics.loss import Loss
 from moediff_plugins.metrics.memory import Memory
 from moediff_plugins.pruners.mid_layer import MidLayer
 from moediff_plugins.pruners.structural import Structural
@@ -97,7 +98,13 @@ def tuners() -> Mapping[str, type]:
 @hookimpl
 def metrics() -> Mapping[str, type]:
     """How good and how fast the result is."""
-    return {"frechet": Frechet, "kernel": Kernel, "latency": Latency, "memory": Memory}
+    return {
+        "frechet": Frechet,
+        "kernel": Kernel,
+        "latency": Latency,
+        "loss": Loss,
+        "memory": Memory,
+    }
 
 
 @hookimpl

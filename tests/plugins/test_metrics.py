@@ -24,6 +24,7 @@ from moediff_plugins.metrics.features import generate_images
 from moediff_plugins.metrics.frechet import Frechet, frechet_distance
 from moediff_plugins.metrics.kernel import Kernel, kernel_distances
 from moediff_plugins.metrics.latency import Latency
+from moediff_plugins.metrics.loss import Loss
 from moediff_plugins.metrics.memory import Memory, live_peak, weight_bytes
 from tests.conftest import tiny_task, tiny_unet
 
@@ -467,3 +468,34 @@ def test_memory_on_meta_is_the_same_without_computing(scheduler):
         shapes = type(unet).from_config(unet.config).eval()
     other = moediff.installed().dissect(shapes, scheduler)
     assert torch.equal(bytes_of(shapes, other, task), real)
+
+
+# The loss.
+
+
+def test_the_loss_is_the_same_mean_whatever_the_batch(subject: moediff.Subject):
+    """Every timestep of an even grid counts once, with images and noise that the run draws."""
+    task, seen = tiny_task(), []
+
+    class Zero(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **_: Any) -> Any:
+            seen.append(timestep)
+            return (torch.zeros_like(sample),)
+
+    found = Loss(samples=500, batch=64).measure(Zero(), subject, task, moediff.Run())
+    assert torch.cat(seen).sort().values.tolist() == list(range(0, 1000, 2))
+    # The mean square of standard normal noise over 500 x 192 numbers.
+    assert found.value == pytest.approx(1, abs=4 * (2 / (500 * 192)) ** 0.5)
+    assert found.name == "loss"
+    assert found.spread == pytest.approx((2 / (500 * 192)) ** 0.5, rel=0.8)
+
+
+def test_the_loss_compares_models_on_the_same_draws(subject: moediff.Subject):
+    values = [
+        Loss(samples=20, batch=8).measure(model, subject, tiny_task(), moediff.Run(seed=seed)).value
+        for model in (subject.denoiser, tiny_unet(seed=1))
+        for seed in (0, 0, 1)
+    ]
+    assert values[0] == values[1] != values[2]
+    assert values[3] == values[4]
+    assert values[0] != values[3]
