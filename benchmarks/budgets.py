@@ -118,7 +118,7 @@ def main() -> None:
     options = parse_args(__doc__.splitlines()[0])
     on = whole_task(options, "budgets")
     figures = collect(rows(on), on)
-    lines = summarise(figures, OURS[HALF], ["latency", "loss"])
+    lines = summarise(figures, OURS[HALF], ["latency"])
     about = (
         "Budgets are shares of the base model's MACs. `taylor`, `diff-pruning` and `torch-pruning` "
         "prune one model, without elastic tuning; the first two remove what has the lowest score "

@@ -49,7 +49,7 @@ def main() -> None:
     on = whole_task(options, "ladder")
     below = {upper: lower for lower, upper in pairwise(RUNGS)}
     below |= {TWICE: next(iter(RUNGS)), LONGER: "+ ERA"}
-    lines = summarise(collect(rows(on), on), below, ["latency", "loss"])
+    lines = summarise(collect(rows(on), on), below, ["latency"])
     about = (
         "Each rung adds one part to the one above it and is compared with that one; the rung with "
         f"elastic width is DiffPruning. The last two rows have more batches: `{TWICE}` is compared "

@@ -37,7 +37,8 @@ RATE = 1e-2
 
 GATES = (
     f"Masks are learned at a rate of {RATE:g} and R weighs {PENALTY:g}, in the paper 0.001 and 1, "
-    "because the steps are few."
+    "because the steps are few; `gap` is how far they were from the budget before they were "
+    "rounded to meet it, as a share of it."
 )
 
 
@@ -45,8 +46,8 @@ def whole_task(options: argparse.Namespace, name: str, effort: int = EFFORT) -> 
     """The setting of DiffPruning's tables: the base's own task, all of it.
 
     Images are compared with real ones that nothing was trained on. The 290 threes and eights of
-    MoEDM's tables would not do: 1,600 batches of them are 350 epochs, the loss on other images
-    rises by half, and a distance to images that were trained on takes that for a gain.
+    MoEDM's tables would not do: 800 batches of them raise the base's loss on other images by a
+    quarter (see `expansion`), and a distance to images that were trained on takes that for a gain.
 
     Args:
         options: the command line.

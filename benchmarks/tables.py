@@ -36,11 +36,11 @@ def summarise(
     Args:
         figures: a table's; a row may be without some of them.
         against: the row that all are compared with, or one for every row that is.
-        compared: figures to compare besides the distances.
+        compared: figures to compare besides the loss and the distances.
     """
     title = against if isinstance(against, str) else "the row it builds on"
-    compared = [*compared, *distances(figures)]
     keys = dict.fromkeys(key for found in figures.values() for key in found[0])
+    compared = [*compared, *({"loss"} & keys.keys()), *distances(figures)]
     lines = []
     for name, found in figures.items():
         other = against if isinstance(against, str) else against.get(name, name)
@@ -136,13 +136,14 @@ def describe(on: Setting, real: str = "") -> str:
         f"stages{before}; `images` counts all that passed "
         "through a denoiser, those for scores and for a teacher's images as well, and `seconds` "
         "all stages, also where rows shared them. "
-        "`loss` is the denoising loss on images that were not trained on. "
+        "`loss` is the denoising loss on images that were not trained on, in the mean over all "
+        "timesteps. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
         f"steps) with {real or len(on.reference)} real ones{seen}; they are not FID or KID. "
-        "Latency is the "
-        "time of a denoiser call at batch 4 beside the base's, in pairs. Distances are means over "
-        f"the seeds {', '.join(map(str, on.seeds))} with their standard deviation, other columns "
-        "medians; differences are paired by seed, with a 95 % confidence interval."
+        "Latency is the time of a denoiser call at batch 4 beside the base's, in pairs. Losses and "
+        f"distances are means over the seeds {', '.join(map(str, on.seeds))} with their standard "
+        "deviation, other columns medians; differences are paired by seed, with a 95 % confidence "
+        "interval."
     )
 
 
