@@ -90,6 +90,7 @@ def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "cached_assets_path", lambda *names: folder.joinpath(*names))
+        patch.setenv("HF_ASSETS_CACHE", str(folder))  # of what tests start
         yield
 
 

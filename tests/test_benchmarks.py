@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.scores import Channels, zeroed
 from moediff import Blueprint, ExpertMixture, Intervals, Plan
 from moediff.errors import WorkdirError
 from moediff.masking import masked
+from moediff_plugins import digits
 from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
@@ -176,6 +178,8 @@ def test_an_experiment_writes_its_table_and_does_not_repeat_itself(tmp_path: Pat
     [
         ("budgets", "torch-pruning, first stage kept, 50%", 5),
         ("elastic_ranks", "timesteps 500 to 999", 1),
+        ("ladder", "DiffPruning, fine-tuned as long as ERA", 0),
+        ("latency_budget", "50% of the time, ERA, two experts", 0),
     ],
 )
 def test_other_tables_have_their_rows_and_pictures(
@@ -186,6 +190,36 @@ def test_other_tables_have_their_rows_and_pictures(
     assert found.returncode == 0, found.stderr
     assert f"| {row} |" in (tmp_path / f"{name}-digits.md").read_text(encoding="utf-8")
     assert len(list(tmp_path.glob("*.png"))) == pictures
+
+
+@pytest.mark.slow
+def test_a_model_of_one_s_own_takes_part(on: settings.Setting, tmp_path: Path):
+    base, scheduler = digits.load_base()
+    base.save_pretrained(tmp_path / "model" / "unet")
+    scheduler.save_pretrained(tmp_path / "model" / "scheduler")
+    images, labels = digits.load_images("test")
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    mine = ["--model", str(tmp_path / "model"), "--images", str(tmp_path / "images.npz")]
+    found = run(
+        "benchmarks.phases", "--on", "own", "--quick", "--extractor", "digits", *mine, *folders
+    )
+    assert found.returncode == 0, found.stderr
+    written = (tmp_path / "phases-own.md").read_text(encoding="utf-8")
+    assert "| two phases |" in written
+    assert f"with {len(images)} real ones, which were trained on;" in written
+    assert "that the base took" not in written
+    assert str(tmp_path) not in written
+    refused = run("benchmarks.phases", "--on", "own")
+    assert refused.returncode == 2
+    assert "--on own needs --model FOLDER" in refused.stderr
+
+
+def test_what_is_compared_with_is_said(on: settings.Setting):
+    assert "357 real ones, most of which were trained on;" in tables.describe(on)
+    unseen = attrs.evolve(on, reference=on.unseen)
+    assert f"{len(on.unseen)} real ones; they" in tables.describe(unseen)
+    assert "after 3,500 of 128 images that the base took" in tables.describe(on)
 
 
 def test_a_base_without_its_data_is_refused_in_one_line():
