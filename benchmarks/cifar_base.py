@@ -8,13 +8,17 @@ nothing but the training images cannot be expected to be nearer.
 
 from __future__ import annotations
 
+import json
+import statistics
+
 import attrs
 import torch
 
-from benchmarks.cifar import CLASSES
-from benchmarks.rows import Row, collect, metric_run
+from benchmarks.cifar import ASSETS, CLASSES
+from benchmarks.rows import Figures, Row, collect, metric_run
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import summarise, write_table
+from moediff.storage import write_json
 from moediff_plugins.metrics.extractors import figure_name, load_extractor
 from moediff_plugins.metrics.features import Features
 from moediff_plugins.metrics.frechet import Frechet, frechet_distance
@@ -69,6 +73,28 @@ def main() -> None:
     )
     lines = summarise(figures, FLOOR)
     write_table("cifar_base", "The colour base of the benchmarks", about, lines, on)
+    if not options.quick:
+        write_card(figures, on)
+
+
+def write_card(figures: Figures, on: Setting) -> None:
+    """Enter the distances into the base's card."""
+    path = ASSETS / "card.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    name = figure_name("FD", on.extractor)
+    card["distance"] = {
+        "metric": f"{name}, not FID",
+        "samples": on.samples,
+        "sampler": f"{on.sampling.scheduler}, {on.sampling.steps} steps",
+        "compared_with": f"{len(on.reference):,} test images",
+        **{
+            row: round(statistics.mean(one[name] for one in found))
+            for row, found in figures.items()
+        },
+        "seeds": len(on.seeds),
+        "command": "python -m benchmarks.cifar_base --on cifar --data FOLDER",
+    }
+    write_json(path, card)
 
 
 if __name__ == "__main__":

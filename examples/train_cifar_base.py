@@ -263,6 +263,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     write_atomic(folder / "samples.png", lambda path: grid.save(path, format="png"))
     lines = "".join(json.dumps(row) + "\n" for row in trainer.log)
     write_atomic(folder / "training_log.jsonl", lambda path: path.write_text(lines))
+    command = "python examples/train_cifar_base.py --data FOLDER"
     card = {
         "params": sum(parameter.numel() for parameter in trainer.parameters),
         "seed": args.seed,
@@ -277,7 +278,10 @@ def export(trainer: Trainer, folder: Path) -> None:
         "seconds": trainer.seconds,
         "device": args.device,
         "data": "CIFAR-10, 50,000 training images, from JPEG files, flipped at random",
-        "command": f"python examples/train_cifar_base.py --data FOLDER --finish {args.finish}",
+        "commands": [
+            f"{command} --steps {trainer.step - args.finish}",
+            f"{command} --finish {args.finish} --export FOLDER",
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
