@@ -6,18 +6,24 @@ python -m benchmarks.discard_ratio --on digits
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import attrs
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import base_rows, moedm
-from benchmarks.rows import Figures, Row, collect, trained
+from benchmarks.recipes import BASE_TUNED, base_rows, moedm
+from benchmarks.rows import Figures, Row, collect, metric_run, slug, trained
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import describe, distances, summarise, write_plot, write_table
-from moediff import Budget
+from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
+from moediff import Budget, ExpertMixture
+from moediff_plugins import report
 from moediff_plugins.counters.params import Params
+from moediff_plugins.metrics.features import generate_images
 
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+SHOWN = 16
+"""Images of a model in the picture."""
 
 
 def rows(on: Setting) -> dict[str, Row]:
@@ -43,7 +49,7 @@ def plot(figures: Figures) -> Figure:
             axis.plot([share] * len(value), value, ".", color="C0", alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
-    for name, style in (("base", ":"), ("base, fine-tuned", "--")):
+    for name, style in (("base", ":"), (BASE_TUNED, "--")):
         value = statistics.mean(one[key] for one in figures[name])
         upper.axhline(value, color="C7", linestyle=style, label=name)
     lower.axhline(1, color="C7", linestyle=":")
@@ -52,6 +58,20 @@ def plot(figures: Figures) -> Figure:
     lower.set_xlabel("share of the parameters that a call does not use")
     upper.legend(frameon=False)
     return figure
+
+
+def samples(on: Setting) -> report.Figure:
+    """Images of the first seed's models from the same noise (Figure 7)."""
+    models: dict[str, Any] = {"base": on.subject.denoiser}
+    for name in (BASE_TUNED, *(f"{ratio:.0%}" for ratio in RATIOS)):
+        folder = on.folder / slug(name, on.seeds[0]) / "mixture"
+        models[name] = ExpertMixture.from_pretrained(folder).to(on.subject.device)
+    run = metric_run(on, on.seeds[0])
+    images = {
+        name: generate_images(model, on.subject, on.reference, run, SHOWN, SHOWN).cpu()
+        for name, model in models.items()
+    }
+    return report.sample_grid("Samples", "", images)
 
 
 def main() -> None:
@@ -63,9 +83,10 @@ def main() -> None:
         "MoEDM with 2x expansion; the first column is the asked discard ratio, `live` what is "
         "left of the parameters in one call. " + describe(on)
     )
-    lines = summarise(figures, "base, fine-tuned")
+    lines = summarise(figures, BASE_TUNED)
     write_table("discard_ratio", "Discard ratios (MoEDM Appendix E)", about, lines, on)
     write_plot("discard_ratio", plot(figures), on)
+    write_picture("discard_ratio-samples", samples(on), on)
 
 
 if __name__ == "__main__":

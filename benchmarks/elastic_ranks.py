@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.recipes import diffpruning, finetune, whole_task
 from benchmarks.rows import Figures, Row, collect, slug, train
 from benchmarks.settings import Setting, parse_args
-from benchmarks.tables import difference, write_plot, write_table
+from benchmarks.tables import difference, spread, write_plot, write_table
 from moediff import (
     Blueprint,
     ExpertMixture,
@@ -151,7 +151,7 @@ def lines(figures: Figures) -> list[dict[str, str]]:
 
     def line(name: str, found: Sequence[Mapping[str, float]]) -> dict[str, str]:
         shown = [key for key in found[0] if "/" not in key]
-        means = {key: f"{statistics.mean(one[key] for one in found):.3g}" for key in shown}
+        means = {key: spread([one[key] for one in found]) for key in shown}
         gains = [one["rank, elastic"] - one["rank, base"] for one in found]
         worth = [one[f"loss, {STATES[3]}"] - one[f"loss, {STATES[2]}"] for one in found]
         return {
@@ -199,8 +199,8 @@ def main() -> None:
         f"`tuned` after {_tuner(on).steps} more of fine-tuning, so that what comes from elastic "
         "experts has been trained for longer. All steps are summed over the experts. "
         "`rank` is Spearman's correlation with the loss after fine-tuning from the same weights. "
-        f"Steps have {on.batch} images. Means over the seeds {', '.join(map(str, on.seeds))}; "
-        "differences are paired by seed, with a 95 % confidence interval."
+        f"Steps have {on.batch} images. Means over the seeds {', '.join(map(str, on.seeds))} with "
+        "their standard deviation; differences are paired by seed, with a 95 % confidence interval."
     )
     title = "Sub-networks before and after elastic tuning (DiffPruning Sec. 3.4)"
     write_table("elastic_ranks", title, about, lines(figures), on)

@@ -82,7 +82,7 @@ def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
 
 def _png(canvas: Any) -> str:
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=110)
+    canvas.savefig(buffer, format="png", dpi=110, bbox_inches="tight")  # long labels, too
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
