@@ -124,7 +124,7 @@ def parse_args(
 
 
 def load(
-    options: argparse.Namespace, name: str, classes: Sequence[int] = (), effort: int = 1
+    options: argparse.Namespace, name: str, classes: Sequence[int] = (), effort: float = 1
 ) -> Setting:
     """Load the base model and the task.
 
@@ -149,7 +149,7 @@ def load(
         reference=base.reference,
         unseen=base.unseen,
         extractor=base.extractor,
-        steps=effort * steps,
+        steps=round(effort * steps),
         batch=batch,
         rate=base.rate,
         samples=samples,
