@@ -120,7 +120,8 @@ def main() -> None:
     about = (
         f"The {on.name} base model cut to budgets, at batch 4. MACs and time are shares of the "
         "base model's; measured is the median ratio of pairs, with half the interquartile range. "
-        "Out of reach is a budget that the least of every width still exceeds."
+        "Out of reach is a budget that the least of every width still exceeds. Uneven cuts and "
+        "the ERA's are of one seed."
     )
     write_table("latency_budget", "Budgets in time", about, lines, on)
 

@@ -142,6 +142,8 @@ class Run:
         compute: Callable[[], T],
         pack: Callable[[T], Packed],
         unpack: Callable[[Tensors, Any], T],
+        *,
+        seeded: bool = True,
     ) -> T:
         """Return a stage's stored result, or compute and store it.
 
@@ -151,8 +153,10 @@ class Run:
             compute: makes the result.
             pack: result -> tensors and JSON data.
             unpack: the way back.
+            seeded: whether the result depends on the run's seed; if not, runs that differ in it
+                share the result.
         """
-        key = fingerprint(self.seed, name, *depends)[:20]
+        key = fingerprint(self.seed if seeded else None, name, *depends)[:20]
         path = self.cache / f"{name}-{key}.safetensors" if self.cache else None
         if path is not None and path.exists():
             tensors, data = read_packed(path)

@@ -189,8 +189,10 @@ def test_another_learning_rate_does_not_generate_again(
     tuner = Distill(steps=2, images=4, **TINY)
     other_samples = attrs.evolve(task, samples=-task.samples, drop_conditioning=0.3)
 
-    def again(tuner: Distill, task: moediff.Task = task, **changes: Any) -> tuple[int, int]:
-        run = Run(cache=tmp_path, sampling=Sampling(steps=2, **changes))
+    def again(
+        tuner: Distill, task: moediff.Task = task, run_seed: int = 0, **changes: Any
+    ) -> tuple[int, int]:
+        run = Run(cache=tmp_path, sampling=Sampling(steps=2, **changes), seed=run_seed)
         made = calls.of(lambda: recover(tuner, subject, task, run))
         assert run.ledger["teacher-images"].samples == tuner.images * 2  # what they cost, once
         return made, len(list(tmp_path.glob("teacher-images-*.safetensors")))
@@ -203,6 +205,7 @@ def test_another_learning_rate_does_not_generate_again(
         assert again(other)[1] == 1
         assert calls.count == 4 + 2 * (other.mix > 0)
     assert again(attrs.evolve(tuner, learning_rate=0.1), other_samples) == (4, 1)
+    assert again(attrs.evolve(tuner, learning_rate=0.2), run_seed=1) == (4, 1)
     assert again(attrs.evolve(tuner, images=3)) == (4 + 4, 2)
     assert again(attrs.evolve(tuner, batch=4)) == (2 + 4, 3)
     assert again(tuner, seed=1) == (0, 3)  # the stage `recover` of this test was stored

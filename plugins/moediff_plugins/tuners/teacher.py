@@ -28,9 +28,9 @@ def teacher_task(
     """The task with images of the full model in place of its own samples.
 
     They are a stage of their own, `teacher-images`, stored under a hash of what they depend on
-    (the run's seed, as every stage's, the full model, its schedule, sampling, prompts, `count` and
-    `batch`). Whatever else changes in a recipe, another run with the same cache reads them again;
-    a run that is killed goes on after the last batch.
+    (the full model, its schedule, sampling, prompts, `count` and `batch`). Whatever else changes in
+    a recipe, the run's seed too, another run with the same cache reads them again; a run that is
+    killed goes on after the last batch.
 
     Args:
         task: its training prompts are generated; `extra` stays as it is.
@@ -60,6 +60,7 @@ def teacher_task(
         lambda: _generate(teacher, how, range(first, first + count), batch, chosen, null, run),
         pack=lambda made: ({"images": made}, fingerprint(made)),
         unpack=_checked,
+        seeded=False,
     )
     return attrs.evolve(task, samples=images, conditioning=chosen)
 
