@@ -45,7 +45,7 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
     """
     folder = Path(folder)
     try:
-        recipe, ledger, data = (
+        about, ledger, data = (
             json.loads((folder / name).read_text(encoding="utf-8"))
             for name in ("run.json", "ledger.json", "mixture/mixture.json")
         )
@@ -56,8 +56,8 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
             "or go on with it first."
         ) from error
     mixture, base = ExpertMixture.from_pretrained(folder / "mixture"), base_shapes(data)
-    sampling = Sampling(**recipe["recipe"]["sampling"])
-    figures = []
+    recipe, figures = about["recipe"], []
+    sampling = Sampling(**recipe["sampling"])
     if samples:
         figures.append(_samples(mixture, base, sampling, samples))
     if "intervals/similarity" in records:
@@ -68,11 +68,9 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
     if curves:
         note = "Losses, and of a gate that learns masks its cost (share of the base's) and R."
         figures.append(curves_plot("Training", note, curves))
-    path = folder / "report.html"
+    path, title = folder / "report.html", f"moediff run: {folder.resolve().name}"
     tables = [_experts(mixture, base, sampling), _ledger(ledger)]
-    write_page(
-        path, f"moediff run: {folder.name}", _words(recipe["recipe"], records), tables, figures
-    )
+    write_page(path, title, _words(recipe, records), tables, figures)
     return path
 
 
