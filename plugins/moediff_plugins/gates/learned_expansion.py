@@ -41,8 +41,8 @@ class LearnedExpansion:
     by interval have made the experts different has copies anyway and is not asked.
 
     The gates see what a few hundred steps gain on the task's own samples, and where those are few,
-    layers with many weights gain most: on the digits base the held-out loss after fine-tuning was
-    lower for `one-hot` with outer layers. Compare before you rely on it.
+    layers with many weights gain most. Compare before you rely on it: on the digits the loss on
+    other images is that of `one-hot` with outer layers (`benchmarks/results/expansion-digits.md`).
 
     The base keeps its weights; d, D and a are thrown away. Memory: with gradients and AdamW about
     4 (N + 1) times the remaining layers in float32. Records: `loss-expansion` (steps,) without R,
