@@ -17,9 +17,9 @@ from pathlib import Path
 import attrs
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch, whole_task
+from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch
 from benchmarks.rows import Figures, Row, collect, slug, trained
-from benchmarks.settings import Setting, parse_args
+from benchmarks.settings import Setting, parse_args, whole_task
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe
@@ -67,17 +67,17 @@ def curves(figures: Figures) -> Figure:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     key = distances(figures)[0]
+    others = [name for name in figures if name not in OURS.values()]
+
+    def at(name: str, cost: str) -> tuple[float, float]:
+        found = figures[name]
+        return statistics.mean(o[cost] for o in found), statistics.mean(o[key] for o in found)
+
     for axis, cost in zip(axes, ("MACs", "latency"), strict=True):
-
-        def at(name: str, cost: str = cost) -> tuple[float, float]:
-            found = figures[name]
-            return statistics.mean(o[cost] for o in found), statistics.mean(o[key] for o in found)
-
-        line = [at(name) for name in OURS.values()]
+        line = [at(name, cost) for name in OURS.values()]
         axis.plot(*zip(*line, strict=True), color="C0", marker="o", label="DiffPruning")
-        others = [name for name in figures if name not in OURS.values()]
         for place, name in enumerate(others):
-            axis.plot(*at(name), "s", color=f"C{1 + place}", label=name)
+            axis.plot(*at(name, cost), "s", color=f"C{1 + place}", label=name)
         axis.set_xlabel(f"{cost} of a call / base")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")  # what falls apart would press the others together

@@ -17,7 +17,7 @@ import torch
 from benchmarks.cifar import ASSETS, CLASSES
 from benchmarks.rows import Figures, Row, collect, metric_run
 from benchmarks.settings import Setting, load, parse_args
-from benchmarks.tables import summarise, write_table
+from benchmarks.tables import command, summarise, write_table
 from moediff.storage import write_json
 from moediff_plugins.metrics.extractors import figure_name, load_extractor
 from moediff_plugins.metrics.features import Features
@@ -92,7 +92,7 @@ def write_card(figures: Figures, on: Setting) -> None:
             for row, found in figures.items()
         },
         "seeds": len(on.seeds),
-        "command": "python -m benchmarks.cifar_base --on cifar --data FOLDER",
+        "command": command("cifar_base", on),
     }
     write_json(path, card)
 

@@ -18,9 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.recipes import diffpruning, finetune, whole_task
+from benchmarks.recipes import diffpruning, finetune
 from benchmarks.rows import Figures, Row, collect, slug, train
-from benchmarks.settings import Setting, parse_args
+from benchmarks.settings import Setting, parse_args, whole_task
 from benchmarks.tables import difference, spread, write_plot, write_table
 from moediff import (
     Blueprint,

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import attrs
 
-from benchmarks.recipes import GATES, base_rows, diffpruning, whole_task
+from benchmarks.recipes import GATES, base_rows, diffpruning
 from benchmarks.rows import Row, collect, trained
-from benchmarks.settings import Setting, parse_args
+from benchmarks.settings import Setting, parse_args, whole_task
 from benchmarks.tables import describe, summarise, write_table
 
 RUNGS = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import attrs
 import torch
 
 import moediff
 from benchmarks.rows import Row, Trained, measure, train, trained
-from benchmarks.settings import Setting, load
+from benchmarks.settings import Setting
 from moediff import Budget, Recipe
 from moediff.roles import Gate
 from moediff_plugins.clusterers.alignment import Alignment
@@ -22,10 +20,6 @@ from moediff_plugins.tuners.elastic import Elastic
 from moediff_plugins.tuners.finetune import Finetune
 
 BASE_TUNED = "base, fine-tuned"
-
-EFFORT = {"digits": 2, "cifar": 4 / 3, "own": 4 / 3}
-"""DiffPruning spreads its steps over four stages, so a row has more than in MoEDM's tables; in
-colour as many as leave a table of three seeds about 80 minutes of two cores (an estimate)."""
 
 PARTS = 5
 """Masks, elastic depth and elastic width have one part each of a row's batches."""
@@ -41,23 +35,6 @@ GATES = (
     "because the steps are few; `gap` is how far they were from the budget before they were "
     "rounded to meet it, as a share of it."
 )
-
-
-def whole_task(options: argparse.Namespace, name: str, effort: float | None = None) -> Setting:
-    """The setting of DiffPruning's tables: the base's own task, all of it.
-
-    Images are compared with real ones that nothing was trained on. The 290 threes and eights of
-    MoEDM's tables would not do: 800 batches of them raise the base's loss on other images by a
-    quarter (see `expansion`), and a distance to images that were trained on takes that for a gain.
-
-    Args:
-        options: the command line.
-        name: of the experiment.
-        effort: see `load`; `EFFORT` if it is left out.
-    """
-    classes = () if options.on == "own" else range(10)
-    on = load(options, name, classes, effort or EFFORT[options.on])
-    return attrs.evolve(on, reference=on.unseen)
 
 
 def moedm(on: Setting, *, real: bool = False) -> Recipe:

@@ -125,6 +125,9 @@ def write_picture(name: str, figure: report.Figure, on: Setting) -> None:
 def describe(on: Setting, real: str = "") -> str:
     """What the columns mean, and from how much; `real` says which real images, if not how many."""
     before = f", after {on.pretraining} that the base took" if on.pretraining else ""
+    unseen = "images that were not trained on"
+    if on.unseen is on.task:
+        unseen = "the task's own images, which were trained on"
     seen = ""
     if on.reference is on.task:
         seen = ", which were trained on"
@@ -136,8 +139,7 @@ def describe(on: Setting, real: str = "") -> str:
         f"stages{before}; `images` counts all that passed "
         "through a denoiser, those for scores and for a teacher's images as well, and `seconds` "
         "all stages, also where rows shared them. "
-        "`loss` is the denoising loss on images that were not trained on, in the mean over all "
-        "timesteps. "
+        f"`loss` is the denoising loss on {unseen}, in the mean over all timesteps. "
         f"Distances compare {on.samples} images ({on.sampling.scheduler}, {on.sampling.steps} "
         f"steps) with {real or len(on.reference)} real ones{seen}; they are not FID or KID. "
         "Latency is the time of a denoiser call at batch 4 beside the base's, in pairs. Losses and "
@@ -151,7 +153,8 @@ def command(name: str, on: Setting) -> str:
     """The command that makes a table, without this machine's folders."""
     words = [f"python -m benchmarks.{name} --on {on.name}"]
     words += ["--data FOLDER"] if on.name == "cifar" else []
-    words += ["--model FOLDER --images FOLDER"] if on.name == "own" else []
+    if on.name == "own":
+        words += [f"--model FOLDER --images FOLDER --extractor {on.extractor}"]
     words += [f"--device {on.options.device}"] if on.options.device != "cpu" else []
     words += ["--quick"] if on.options.quick else []
     return " ".join(words)
