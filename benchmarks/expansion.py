@@ -26,9 +26,8 @@ WITHOUT = "without dynamic"
 def planned(recipe: Recipe, on: Setting) -> Plan:
     """What a recipe would build."""
     untrained = attrs.evolve(recipe, recover=None)
-    cache = on.folder / "stages"
     return moediff.build_experts(
-        on.subject.denoiser, on.subject.scheduler, on.task, untrained, cache=cache
+        on.subject.denoiser, on.subject.scheduler, on.task, untrained, cache=on.stages
     ).plan
 
 

@@ -75,7 +75,7 @@ def train(
         attrs.evolve(recipe, seed=seed),
         folder,
         given,
-        cache=on.folder / "stages",
+        cache=on.stages,
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))

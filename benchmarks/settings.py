@@ -24,9 +24,9 @@ from moediff_plugins import digits
 
 SEEDS = (0, 1, 2)
 
-EFFORT = {"digits": 2, "cifar": 4 / 3, "own": 4 / 3}
-"""DiffPruning spreads its steps over four stages, so a row has more than in MoEDM's tables; in
-colour as many as leave a table of three seeds about 80 minutes of two cores (an estimate)."""
+EFFORT = {"digits": 2, "cifar": 1, "own": 1}
+"""DiffPruning spreads its steps over four stages, so where it can be afforded a row has more than
+in MoEDM's tables."""
 
 
 @attrs.frozen(eq=False)
@@ -80,6 +80,11 @@ class Setting:
         left_out = ("subject", "unseen", "pretraining", "folder", "options")
         fields = [name.name for name in attrs.fields(Setting) if name.name not in left_out]
         return fingerprint(self.subject.denoiser, [getattr(self, name) for name in fields])
+
+    @property
+    def stages(self) -> Path:
+        """Where results of stages are kept; tables that have a row in common train it once."""
+        return self.folder.with_name(f"stages-{self.name}-{self.options.device}")
 
     @property
     def whole(self) -> Plan:

@@ -13,7 +13,7 @@ import torch
 import moediff
 from benchmarks.pairs import paired_ratio
 from moediff import Budget, Intervals, Run, Sampling, Subject
-from moediff.task import denoising_loss
+from moediff.denoising import denoising_loss
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.digits import NULL_LABEL, load_base, load_images
 from moediff_plugins.gates.era import ERA, _agent

@@ -35,8 +35,8 @@ from benchmarks.recipes import finetune
 from benchmarks.rows import Row, Trained, measure
 from benchmarks.settings import Setting
 from moediff import ExpertMixture, Run, Subject, Task
+from moediff.denoising import denoising_loss
 from moediff.errors import BudgetError
-from moediff.task import denoising_loss
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 

@@ -2,8 +2,10 @@
 
 from diffusers import ModelMixin
 
+from moediff.allowance import Allowance, Step
 from moediff.anatomy import Anatomy, Layer, Slice, Unit, Width
-from moediff.cost import Allowance, Budget, Cost, CostModel, Step, cost_model
+from moediff.cost import Budget, Cost, CostModel, cost_model
+from moediff.denoising import denoising_loss
 from moediff.engine import build_experts
 from moediff.errors import (
     MoediffError,
@@ -13,14 +15,15 @@ from moediff.errors import (
 from moediff.hookspecs import hookimpl
 from moediff.masking import masked
 from moediff.mixture import ExpertMixture
-from moediff.plan import Blueprint, Chain, Plan, Scores, SearchSpace
+from moediff.plan import Blueprint, Plan
 from moediff.recipe import Recipe, load_recipe
 from moediff.registry import Registry, installed
 from moediff.roles import Measurement
 from moediff.sampling import Sampling, generate
+from moediff.space import Chain, Scores, SearchSpace
 from moediff.subject import Subject
 from moediff.surgery import cut
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from moediff.errors import BudgetError, NoEffectWarning, OptionError, UnknownNameError, did_you_mean
 from moediff.mixture import ExpertMixture
-from moediff.plan import REST, Blueprint, Plan, Scores, SearchSpace
+from moediff.plan import REST, Blueprint, Plan
 from moediff.recipe import Recipe
 from moediff.registry import Registry, installed
+from moediff.space import Scores, SearchSpace
 from moediff.storage import (
     Packed,
     Tensors,

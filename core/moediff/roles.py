@@ -16,7 +16,8 @@ from torch import nn
 
 from moediff.anatomy import Anatomy
 from moediff.cost import Budget, Cost, CostModel
-from moediff.plan import Plan, Scores, SearchSpace
+from moediff.plan import Plan
+from moediff.space import Scores, SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

@@ -1,9 +1,8 @@
-"""The data that the user cares about: clean samples, their conditioning, noise and loss."""
+"""The data that the user cares about: clean samples and their conditioning."""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import numpy as np
 import torch
 
 from moediff.errors import DataError, OptionError
-from moediff.sampling import Call, Conditioning, predict
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+from moediff.images import class_numbers, image_samples, read_images
+from moediff.sampling import Conditioning
 
 
 @attrs.frozen(eq=False)
@@ -27,7 +25,7 @@ class Batch:
 
 @attrs.frozen(eq=False)
 class Task:
-    """Clean samples with their conditioning, and how the denoising loss is drawn from them.
+    """Clean samples with their conditioning, and how batches and prompts are drawn from them.
 
     Attributes:
         samples: (n, C, H, W) floats, images in [-1, 1] or latents.
@@ -81,41 +79,14 @@ class Task:
         Raises:
             DataError: the shape, type or range is another one, or a value is NaN.
         """
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
-            raise DataError(
-                f"images: got shape {images.shape}; allowed is (n, H, W, C) with n of at least 1 "
-                "and C of 1, 3 or 4. Move the channel axis last, or add one."
-            )
-        if images.dtype == np.uint8:
-            samples = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
-        elif images.dtype.kind == "f":
-            samples = torch.from_numpy(images.astype(np.float32))
-            if not torch.isfinite(samples).all():
-                raise DataError(
-                    "images: got NaN or infinite values; remove or repair those images."
-                )
-            low, high = float(samples.min()), float(samples.max())
-            if low < -1 - 1e-4 or high > 1 + 1e-4:
-                raise DataError(
-                    f"images: got floats from {low:.4g} to {high:.4g}; allowed is [-1, 1]. "
-                    "Rescale them, or pass uint8."
-                )
-        else:
-            raise DataError(f"images: got dtype {images.dtype}; allowed are uint8 and floats.")
+        samples = image_samples(images)
         conditioning: dict[str, torch.Tensor] = {}
         if labels is not None:
-            array = np.asarray(labels)
-            if array.shape != (len(images),) or array.dtype.kind not in "iu":
-                raise DataError(
-                    f"labels: got shape {array.shape} of {array.dtype}; allowed are "
-                    f"{len(images)} integers, one per image."
-                )
-            conditioning["class_labels"] = torch.from_numpy(array.astype(np.int64))
+            conditioning["class_labels"] = class_numbers(labels, len(samples))
         null: dict[str, torch.Tensor] = {}
         if null_label is not None:
             null["class_labels"] = torch.tensor([null_label])
-        return cls(samples.permute(0, 3, 1, 2).contiguous(), conditioning, null)
+        return cls(samples, conditioning, null)
 
     @classmethod
     def from_folder(cls, path: str | Path, size: int = 32, null_label: int | None = None) -> Task:
@@ -130,46 +101,7 @@ class Task:
         Raises:
             DataError: nothing readable is there.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
-        path = Path(path)
-        if path.suffix == ".npz":
-            try:
-                # np.load leaves a path open if the file turns out to be broken.
-                with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-                    images = arrays["images"]
-                    labels = arrays.get("labels", None)
-            except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-                raise DataError(
-                    f"data: cannot read {path}: {error}. Give an .npz file that holds `images` "
-                    "(n, H, W, C) and `labels` (n,)."
-                ) from error
-            if images.ndim == 4 and images.shape[1:3] != (size, size):
-                raise DataError(
-                    f"images: got {images.shape[1]}x{images.shape[2]} pixels; allowed is "
-                    f"{size}x{size}. Resize them or pass size={images.shape[1]}."
-                )
-            return cls.from_arrays(images, labels, null_label)
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise DataError(
-                f"data: found no images under {path}. Give a folder of "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))} files, one sub-folder per class or flat."
-            )
-        pixels = []
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
-            except (UnidentifiedImageError, OSError) as error:
-                raise DataError(
-                    f"data: cannot read {file}: {error}. Repair or remove it."
-                ) from error
-        folders = [file.relative_to(path).parts[0] for file in files]
-        nested = all(len(file.relative_to(path).parts) > 1 for file in files)
-        names = sorted(set(folders))
-        numbers = [names.index(folder) for folder in folders] if nested else None
-        return cls.from_arrays(np.stack(pixels), numbers, null_label)
+        return cls.from_arrays(*read_images(Path(path), size), null_label)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -286,49 +218,3 @@ def _take(words: Conditioning, rows: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _shapes(words: Conditioning) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in words.items()}
-
-
-def corrupt(
-    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the noisy samples and the target that the denoiser is trained to predict.
-
-    Args:
-        scheduler: the base model's; its `prediction_type` decides the target, and a flow-matching
-            scheduler interpolates linearly (Lipman et al., 2023).
-        clean: (B, C, H, W).
-        noise: (B, C, H, W), standard normal.
-        timesteps: (B,) integers in [0, T).
-    """
-    if not hasattr(scheduler, "add_noise"):
-        total = scheduler.config.num_train_timesteps
-        sigma = ((timesteps + 1) / total).view(-1, 1, 1, 1).to(clean)
-        return (1 - sigma) * clean + sigma * noise, noise - clean
-    noisy = scheduler.add_noise(clean, noise, timesteps)
-    kinds: Mapping[str, Callable[[], torch.Tensor]] = {
-        "epsilon": lambda: noise,
-        "sample": lambda: clean,
-        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
-    }
-    kind = getattr(scheduler.config, "prediction_type", "epsilon")
-    if kind not in kinds:
-        raise OptionError(f"prediction_type: got {kind!r}; allowed are {', '.join(sorted(kinds))}.")
-    return noisy, kinds[kind]()
-
-
-def denoising_loss(
-    denoiser: Call,
-    scheduler: Any,
-    batch: Batch,
-    timesteps: torch.Tensor,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Mean squared error () of the denoiser on a batch (DiffPruning Eq. 3).
-
-    The noise is drawn on the CPU from `generator`, independently for every row.
-    """
-    clean = batch.clean
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    noisy, target = corrupt(scheduler, clean, noise, timesteps)
-    prediction = predict(denoiser, noisy, timesteps, batch.conditioning)
-    return torch.nn.functional.mse_loss(prediction, target)

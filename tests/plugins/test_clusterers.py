@@ -19,8 +19,8 @@ from torch import nn
 
 import moediff
 from moediff import Anatomy, Intervals, Run, Subject
+from moediff.denoising import corrupt
 from moediff.errors import DataError, OptionError
-from moediff.task import corrupt
 from moediff_plugins import digits
 from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.clusterers.cuts import (

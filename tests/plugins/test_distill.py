@@ -18,10 +18,10 @@ from torch import nn
 
 import moediff
 from moediff.anatomy import Anatomy
+from moediff.denoising import denoising_loss
 from moediff.errors import ArtefactError, DataError, MoediffError, OptionError, UnknownNameError
 from moediff.recipe import recipe_from_tables
 from moediff.sampling import Sampling, generate, initial_noise, predict
-from moediff.task import denoising_loss
 from moediff.workdir import Run
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.teacher import SAMPLED, SEEDS, _check_seeds, teacher_task

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moediff
-from moediff.plan import Chain
 from moediff.sampling import generate, initial_noise
+from moediff.space import Chain
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
 from moediff_plugins.gates.binarise import binarise

@@ -19,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import moediff
 from moediff.errors import MoediffError, NoEffectWarning, OptionError
-from moediff.plan import Blueprint, Chain, Scores, SearchSpace
+from moediff.plan import Blueprint
 from moediff.sampling import predict
+from moediff.space import Chain, Scores, SearchSpace
 from moediff.surgery import cut
 from moediff.workdir import Run
 from moediff_plugins.tuners.bitfit import BitFit

@@ -11,11 +11,12 @@ import torch
 from moediff import surgery
 from moediff.cost import Cost, CostModel
 from moediff.mixture import ExpertMixture
-from moediff.plan import Blueprint, Plan, SearchSpace
+from moediff.plan import Blueprint, Plan
 from moediff.roles import (
     BudgetCounter,
     Pruner,
 )
+from moediff.space import SearchSpace
 from moediff.subject import Subject
 from moediff.testing import tiny
 from moediff.testing.anatomies import close, example

@@ -9,12 +9,13 @@ import attrs
 
 from moediff.cost import Budget
 from moediff.errors import BudgetError, OptionError
-from moediff.plan import Plan, Scores, SearchSpace
+from moediff.plan import Plan
 from moediff.roles import (
     Clusterer,
     Gate,
     Scorer,
 )
+from moediff.space import Scores, SearchSpace
 from moediff.subject import Subject
 from moediff.testing import tiny
 from moediff.testing.promises import (

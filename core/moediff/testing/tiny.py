@@ -11,9 +11,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from moediff.cost import Cost, CostModel, cost_model
-from moediff.plan import REST, Blueprint, Chain, Plan, Scores, SearchSpace
+from moediff.plan import REST, Blueprint, Plan
 from moediff.registry import installed
 from moediff.sampling import Sampling
+from moediff.space import Chain, Scores, SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

@@ -8,9 +8,10 @@ import attrs
 import torch
 from attrs.validators import ge, in_, instance_of
 
+from moediff.denoising import denoising_loss
 from moediff.errors import DataError
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.clusterers.cuts import best_cuts, single_cut_objective

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moediff.cost import Allowance, Step
-from moediff.plan import SearchSpace
+from moediff.allowance import Allowance, Step
+from moediff.space import SearchSpace
 
 
 def binarise(

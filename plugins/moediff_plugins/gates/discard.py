@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moediff.allowance import Allowance, Step
 from moediff.anatomy import Anatomy
-from moediff.cost import Allowance, Step
-from moediff.plan import SearchSpace
+from moediff.space import SearchSpace
 
 Bind = Callable[[torch.Tensor], Allowance]
 """Masks (N, U) -> the allowance that holds for them: which layers get copies, and with that what

@@ -11,8 +11,10 @@ from attrs.validators import ge, gt, in_, instance_of
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from moediff.cost import Allowance, Budget
-from moediff.plan import Plan, SearchSpace
+from moediff.allowance import Allowance
+from moediff.cost import Budget
+from moediff.plan import Plan
+from moediff.space import SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

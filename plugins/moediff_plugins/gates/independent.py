@@ -11,7 +11,8 @@ from attrs.validators import ge, gt, in_, instance_of
 from torch import nn
 
 from moediff.cost import Budget
-from moediff.plan import Plan, SearchSpace
+from moediff.plan import Plan
+from moediff.space import SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

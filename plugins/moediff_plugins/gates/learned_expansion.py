@@ -10,11 +10,14 @@ import attrs
 import torch
 from attrs.validators import ge, gt, instance_of, le
 
-from moediff.cost import Allowance, Budget
+from moediff.allowance import Allowance
+from moediff.cost import Budget
+from moediff.denoising import denoising_loss
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
-from moediff.plan import REST, Blueprint, Plan, SearchSpace
+from moediff.plan import REST, Blueprint, Plan
+from moediff.space import SearchSpace
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.gates.discard import discard, remaining

@@ -9,10 +9,12 @@ import attrs
 import torch
 from attrs.validators import ge, instance_of, optional
 
+from moediff.allowance import Allowance
 from moediff.anatomy import Anatomy
-from moediff.cost import Allowance, Budget
+from moediff.cost import Budget
 from moediff.errors import OptionError
-from moediff.plan import REST, Blueprint, Plan, SearchSpace
+from moediff.plan import REST, Blueprint, Plan
+from moediff.space import SearchSpace
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

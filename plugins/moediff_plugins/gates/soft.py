@@ -10,11 +10,14 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from moediff.cost import Allowance, Budget
+from moediff.allowance import Allowance
+from moediff.cost import Budget
+from moediff.denoising import denoising_loss
 from moediff.masking import masked
-from moediff.plan import REST, Blueprint, Plan, SearchSpace
+from moediff.plan import REST, Blueprint, Plan
+from moediff.space import SearchSpace
 from moediff.subject import Subject, gradients
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.gates.binarise import binarise

@@ -7,9 +7,10 @@ import torch
 from attrs.validators import ge, instance_of
 from torch import nn
 
+from moediff.denoising import denoising_loss
 from moediff.roles import Measurement
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.workdir import Run
 
 

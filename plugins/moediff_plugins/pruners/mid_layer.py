@@ -8,7 +8,8 @@ from typing import ClassVar
 import attrs
 
 from moediff.mixture import ExpertMixture
-from moediff.plan import Chain, Plan, Scores, SearchSpace
+from moediff.plan import Plan
+from moediff.space import Chain, Scores, SearchSpace
 from moediff.subject import Subject
 
 

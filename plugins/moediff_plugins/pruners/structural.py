@@ -11,7 +11,8 @@ from attrs.validators import ge, instance_of
 
 from moediff.anatomy import Anatomy
 from moediff.mixture import ExpertMixture
-from moediff.plan import Chain, Plan, Scores, SearchSpace
+from moediff.plan import Plan
+from moediff.space import Chain, Scores, SearchSpace
 from moediff.subject import Subject
 
 

@@ -10,8 +10,8 @@ import torch
 from attrs.validators import ge, in_, instance_of, optional
 
 from moediff.errors import OptionError
-from moediff.plan import Scores
 from moediff.sampling import Call
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

@@ -9,8 +9,8 @@ import torch
 from attrs.validators import ge, in_, instance_of
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from moediff.plan import Scores
 from moediff.sampling import Call
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.timesteps import Intervals

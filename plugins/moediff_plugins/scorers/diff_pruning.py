@@ -10,7 +10,7 @@ from attrs.validators import ge, instance_of, lt
 from torch import nn
 
 from moediff.anatomy import Layer, Slice, Width
-from moediff.plan import Scores
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run

@@ -6,7 +6,7 @@ import attrs
 import torch
 from attrs.validators import ge, instance_of
 
-from moediff.plan import Scores
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run

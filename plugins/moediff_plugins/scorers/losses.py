@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moediff.denoising import corrupt
 from moediff.sampling import predict
 from moediff.subject import Subject
-from moediff.task import Task, corrupt
+from moediff.task import Task
 from moediff.workdir import Run
 
 

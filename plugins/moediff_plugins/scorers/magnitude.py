@@ -7,7 +7,7 @@ import math
 import attrs
 from attrs.validators import gt, lt
 
-from moediff.plan import Scores
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 
-from moediff.plan import Scores
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run

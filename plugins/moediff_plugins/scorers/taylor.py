@@ -7,7 +7,7 @@ import torch
 from attrs.validators import ge, instance_of
 
 from moediff.masking import masked
-from moediff.plan import Scores
+from moediff.space import Scores
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run

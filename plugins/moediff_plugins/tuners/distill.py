@@ -11,11 +11,12 @@ from attrs.validators import ge, gt, in_, instance_of, le, lt, optional
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from moediff.denoising import corrupt, denoising_loss
 from moediff.errors import UnknownNameError, did_you_mean
 from moediff.mixture import ExpertMixture
 from moediff.sampling import Sampling, predict
 from moediff.subject import Subject, preserved
-from moediff.task import Task, corrupt, denoising_loss
+from moediff.task import Task
 from moediff.workdir import Run
 from moediff_plugins.tuners.teacher import check_prompts, teacher_task
 from moediff_plugins.tuners.training import (

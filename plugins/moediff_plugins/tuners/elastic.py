@@ -10,11 +10,12 @@ import attrs
 import torch
 from attrs.validators import ge, gt, in_, instance_of, le, lt
 
+from moediff.denoising import denoising_loss
 from moediff.masking import masked
-from moediff.plan import SearchSpace
 from moediff.roles import Rank
+from moediff.space import SearchSpace
 from moediff.subject import Subject, preserved
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
 from moediff_plugins.tuners.training import (

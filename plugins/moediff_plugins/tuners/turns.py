@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from moediff.denoising import denoising_loss
 from moediff.mixture import ExpertMixture
 from moediff.subject import Subject
-from moediff.task import Task, denoising_loss
+from moediff.task import Task
 from moediff.workdir import Run
 from moediff_plugins.tuners.training import Settings, autocast, train, warn_if_idle
 
