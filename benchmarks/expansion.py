@@ -27,7 +27,7 @@ def planned(recipe: Recipe, on: Setting) -> Plan:
     """What a recipe would build."""
     untrained = attrs.evolve(recipe, recover=None)
     return moediff.build_experts(
-        on.subject.denoiser, on.subject.scheduler, on.task, untrained, cache=on.stages
+        on.subject.denoiser, on.subject.scheduler, on.task, untrained, cache=on.cache
     ).plan
 
 

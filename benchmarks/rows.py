@@ -75,7 +75,7 @@ def train(
         attrs.evolve(recipe, seed=seed),
         folder,
         given,
-        cache=on.stages,
+        cache=on.cache,
         verbose=True,
     )
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def metric_run(on: Setting, seed: int) -> Run:
         sampling=attrs.evolve(on.sampling, seed=seed),
         seed=seed,
         device=on.subject.device,
-        cache=on.folder / "features",
+        cache=on.cache,
         verbose=True,
     )
 

@@ -111,7 +111,7 @@ class Channels:
         """A scorer's scores (M,), and how many images it passed through the denoiser for them."""
         if (name, seed) not in self.known:
             sampling = Sampling("ddim", min(self.on.sampling.steps, 10), seed=seed)
-            run = Run(sampling=sampling, seed=seed, cache=self.on.stages, verbose=True)
+            run = Run(sampling=sampling, seed=seed, cache=self.on.cache, verbose=True)
             scorer = scorers(self.on)[name]
             values = run.stage(
                 "scores",

@@ -82,9 +82,9 @@ class Setting:
         return fingerprint(self.subject.denoiser, [getattr(self, name) for name in fields])
 
     @property
-    def stages(self) -> Path:
-        """Where results of stages are kept; tables that have a row in common train it once."""
-        return self.folder.with_name(f"stages-{self.name}-{self.options.device}")
+    def cache(self) -> Path:
+        """Where stages and features are kept, so that tables make what they share once."""
+        return self.folder.with_name(f"shared-{self.name}-{self.options.device}")
 
     @property
     def whole(self) -> Plan:
