@@ -1,5 +1,7 @@
 """DiffPruning's Table 1: budgets of 70, 50 and 30 %, and what else gets to half of the MACs.
 
+A base whose layers' fixed parts take more than 30 % has the next twentieth above them instead.
+
 "taylor" and "diff-pruning" remove the units that their scores call unimportant from one model;
 "diff-pruning" is SP, Structural Pruning for Diffusion Models (Fang et al., 2023). "torch-pruning"
 is that tool, in its authors' way and in one that suits few steps. All rows have the same number of
@@ -11,10 +13,13 @@ optimiser batches.
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch
@@ -22,17 +27,26 @@ from benchmarks.rows import Figures, Row, collect, slug, trained
 from benchmarks.settings import Setting, parse_args, whole_task
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from benchmarks.torch_pruning_baseline import pruned_row
-from moediff import Plan, Recipe
+from moediff import Plan, Recipe, Scores
 from moediff.roles import Scorer
 from moediff.storage import read_packed
 from moediff_plugins import report
+from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.taylor import Taylor
 
-HALF = 0.5
-OURS = {share: f"DiffPruning, {share:.0%}" for share in (0.7, HALF, 0.3)}
-"""Budget -> its row."""
+HALF, LEAST = 0.5, 0.3
+OURS = "DiffPruning, {:.0%}"
+OURS_HALF = OURS.format(HALF)
+
+
+def shares_of(on: Setting) -> tuple[float, ...]:
+    """The budgets, the last one no lower than DiffPruning gets."""
+    pruner, prices = diffpruning(on).pruner, MACs().price(on.subject)
+    space = pruner.space(on.subject, Scores(torch.zeros(len(on.subject.anatomy.units))))
+    floor = float(prices.experts(space.smallest())) / prices.full
+    return 0.7, HALF, max(LEAST, math.ceil(20 * floor) / 20)
 
 
 def by_score(on: Setting, scorer: Scorer) -> Recipe:
@@ -48,7 +62,7 @@ def by_score(on: Setting, scorer: Scorer) -> Recipe:
 
 def rows(on: Setting) -> dict[str, Row]:
     """The base rows, the budgets, and the others at half of the MACs."""
-    recipes = {name: diffpruning(on, share) for share, name in OURS.items()} | {
+    recipes = {OURS.format(share): diffpruning(on, share) for share in shares_of(on)} | {
         "single expert, 50%": diffpruning(on, HALF, experts=1),
         "taylor, 50%": by_score(on, Taylor()),
         "diff-pruning, 50%": by_score(on, DiffPruning(stride=on.stride)),
@@ -56,25 +70,26 @@ def rows(on: Setting) -> dict[str, Row]:
     return {
         **base_rows(on),
         **{name: trained(recipe, on, name) for name, recipe in recipes.items()},
-        "from scratch, 50%": from_scratch(on, recipes[OURS[HALF]], OURS[HALF]),
+        "from scratch, 50%": from_scratch(on, recipes[OURS_HALF], OURS_HALF),
         "torch-pruning, 50%": pruned_row(on, HALF),
         "torch-pruning, first stage kept, 50%": pruned_row(on, HALF, keep_path=True),
     }
 
 
-def curves(figures: Figures) -> Figure:
+def curves(figures: Figures, shares: Sequence[float]) -> Figure:
     """Distance by MACs and by measured time: the budgets as a line, everything else as points."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     key = distances(figures)[0]
-    others = [name for name in figures if name not in OURS.values()]
+    ours = [OURS.format(share) for share in shares]
+    others = [name for name in figures if name not in ours]
 
     def at(name: str, cost: str) -> tuple[float, float]:
         found = figures[name]
         return statistics.mean(o[cost] for o in found), statistics.mean(o[key] for o in found)
 
     for axis, cost in zip(axes, ("MACs", "latency"), strict=True):
-        line = [at(name, cost) for name in OURS.values()]
+        line = [at(name, cost) for name in ours]
         axis.plot(*zip(*line, strict=True), color="C0", marker="o", label="DiffPruning")
         for place, name in enumerate(others):
             axis.plot(*at(name, cost), "s", color=f"C{1 + place}", label=name)
@@ -102,7 +117,7 @@ def intervals_of(on: Setting) -> report.Figure:
 
 def experts_of(on: Setting, share: float) -> report.Figure:
     """What the experts of a budget keep, from the first seed."""
-    return report.plan_plot(OURS[share], "", on.subject.anatomy, _plan(on, share))
+    return report.plan_plot(OURS.format(share), "", on.subject.anatomy, _plan(on, share))
 
 
 def _plan(on: Setting, share: float) -> Plan:
@@ -111,27 +126,29 @@ def _plan(on: Setting, share: float) -> Plan:
 
 def _folder(on: Setting, share: float) -> Path:
     """Where the first seed of a budget was trained."""
-    return on.folder / slug(OURS[share], on.seeds[0])
+    return on.folder / slug(OURS.format(share), on.seeds[0])
 
 
 def main() -> None:
     """Make the table and the plots."""
     options = parse_args(__doc__.splitlines()[0])
     on = whole_task(options, "budgets")
+    shares = shares_of(on)
     figures = collect(rows(on), on)
-    lines = summarise(figures, OURS[HALF], ["latency"])
+    lines = summarise(figures, OURS_HALF, ["latency"])
     about = (
-        "Budgets are shares of the base model's MACs. `taylor`, `diff-pruning` and `torch-pruning` "
+        "Budgets are shares of the base model's MACs"
+        f"{', 30 % of which is out of reach' if shares[-1] > LEAST else ''}. `taylor`, `diff-pruning` and `torch-pruning` "
         "prune one model, without elastic tuning; the first two remove what has the lowest score "
         "per MAC, of layers the deepest first, until the budget is met. `torch-pruning, first "
         "stage kept` was chosen after seeing the images of the row before. `from scratch` has new "
-        f"weights in the architecture of `{OURS[HALF]}`; what it took to find that is not counted. "
+        f"weights in the architecture of `{OURS_HALF}`; what it took to find that is not counted. "
         f"{GATES} " + describe(on)
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
-    write_plot("budgets", curves(figures), on)
+    write_plot("budgets", curves(figures, shares), on)
     write_picture("budgets-alignment", intervals_of(on), on)
-    for share in OURS:
+    for share in shares:
         write_picture(f"budgets-experts-{100 * share:.0f}", experts_of(on, share), on)
 
 
