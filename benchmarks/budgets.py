@@ -139,10 +139,11 @@ def main() -> None:
     about = (
         "Budgets are shares of the base model's MACs"
         f"{', 30 % of which is out of reach' if shares[-1] > LEAST else ''}. "
-        "`taylor`, `diff-pruning` and `torch-pruning` prune one model, without elastic tuning; the first two remove what has the lowest score "
-        "per MAC, of layers the deepest first, until the budget is met. `torch-pruning, first "
-        "stage kept` was chosen after seeing the images of the row before. `from scratch` has new "
-        f"weights in the architecture of `{OURS_HALF}`; what it took to find that is not counted. "
+        "`taylor`, `diff-pruning` and `torch-pruning` prune one model, without elastic tuning; the "
+        "first two remove what has the lowest score per MAC, of layers the deepest first, until "
+        "the budget is met. `torch-pruning, first stage kept` was chosen after seeing the images "
+        "of the row before. `from scratch` has new weights in the architecture of "
+        f"`{OURS_HALF}`; what it took to find that is not counted. "
         f"{GATES} " + describe(on)
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
