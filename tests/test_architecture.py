@@ -33,6 +33,7 @@ ORDER = (
     "roles",
     "hookspecs",
     "registry",
+    "artefact",
     "mixture",
     "recipe",
     "engine",

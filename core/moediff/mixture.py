@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from moediff import surgery
+from moediff.artefact import FORMAT, base_shapes, check, distinct, fill, plain, sealed
 from moediff.errors import ArtefactError, PlanError
 from moediff.plan import REST, Plan
-from moediff.registry import installed
 from moediff.storage import (
     Packed,
     Tensors,
-    fingerprint,
     read_packed,
     write_json,
     write_packed,
@@ -31,7 +29,6 @@ from moediff.timesteps import Intervals
 
 WEIGHTS = "mixture.safetensors"
 MIXTURE = "mixture.json"
-FORMAT = 1
 
 
 class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -168,22 +165,17 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def pack(self) -> Packed:
         """Tensors, each shared one once, and JSON data; `unpack` is the way back."""
-        first: dict[int, str] = {}
-        tensors: Tensors = {}
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if first.setdefault(id(tensor), name) == name:
-                tensors[name] = tensor.detach()
-        data: dict[str, Any] = {
-            "format": FORMAT,
+        tensors = distinct(self)
+        scheduler = {"class": self.scheduler_class, "config": plain(self.scheduler_config)}
+        data = {
             "base_class": self.base_class,
             "config": json.loads(self.to_json_string()),
             "plan": self.plan.to_json(),
-            "scheduler": {"class": self.scheduler_class, "config": _plain(self.scheduler_config)},
+            "scheduler": scheduler,
             "tied": self.tied,
             "sources": self._sources(),
-            "weights": fingerprint(tensors),
         }
-        return tensors, {**data, "checksum": _checksum(data)}
+        return tensors, sealed(data, tensors)
 
     @classmethod
     def unpack(cls, tensors: Tensors, data: Mapping[str, Any]) -> ExpertMixture:
@@ -192,21 +184,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ArtefactError: the tensors are not those that were packed.
         """
-        if data.get("format") != FORMAT:
-            raise ArtefactError(
-                f"mixture: got format {data.get('format')!r}; this moediff reads {FORMAT}. Build "
-                "it again, or install the moediff that wrote it."
-            )
-        if data["checksum"] != _checksum(data):
-            raise ArtefactError(
-                "mixture: the plan or the config is not the one that was saved (checksum differs). "
-                "Restore a copy, or build a mixture from the other plan: given={'plan': plan}."
-            )
-        if fingerprint(dict(tensors)) != data["weights"]:
-            raise ArtefactError(
-                "mixture: the weights are not those that were saved (checksum differs). Restore a "
-                "copy or build it again."
-            )
+        check(tensors, data)
         subject = base_shapes(data)
         plan = Plan.from_json(data["plan"])
         tied, sources = bool(data["tied"]), data["sources"]
@@ -214,25 +192,9 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         denoisers = [bases[number] for number in sources]
         experts = surgery.assemble(denoisers, subject.anatomy, plan, tied=tied)
         mixture = cls(experts, plan, subject, tied=tied)
-        mixture._fill(dict(tensors))
+        fill(mixture, tensors)
         mixture.eval()
         return mixture
-
-    def _fill(self, tensors: Tensors) -> None:
-        """Put tensors in place of the `meta` ones, keeping what is shared shared."""
-        groups: dict[int, list[str]] = {}
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            groups.setdefault(id(tensor), []).append(name)
-        expected = {names[0] for names in groups.values()}
-        if expected != set(tensors):
-            missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-            raise ArtefactError(f"mixture: tensors missing: {missing}; not expected: {extra}.")
-        # A tensor that lies in a file at an odd address takes other kernels, with other rounding.
-        aligned = {name: tensor.clone() for name, tensor in tensors.items()}
-        # Experts share modules, not parameters: a shared module is filled once per name, alike.
-        self.load_state_dict(
-            {name: aligned[names[0]] for names in groups.values() for name in names}, assign=True
-        )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `config.json`, `mixture.json` and `mixture.safetensors` into a folder.
@@ -293,34 +255,11 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         raise _refusal("IP-Adapter")
 
 
-def base_shapes(data: Mapping[str, Any]) -> Subject:
-    """The base model of a mixture on `meta`, without weights, from what `pack` or a file has."""
-    base_class = getattr(diffusers, data["base_class"])
-    with torch.device("meta"):
-        base = base_class.from_config(data["config"])
-    kind = getattr(diffusers, data["scheduler"]["class"])
-    return installed().dissect(base, kind.from_config(data["scheduler"]["config"]))
-
-
-def _checksum(data: Mapping[str, Any]) -> str:
-    """SHA-256 of everything that decides what the weights mean."""
-    content = {name: value for name, value in data.items() if name != "checksum"}
-    return fingerprint(json.dumps(content, sort_keys=True))
-
-
 def _refusal(feature: str) -> NotImplementedError:
     return NotImplementedError(
         f"{feature}: not possible for an ExpertMixture. Apply it to the base model before the "
         "mixture is built, or to `mixture.experts[i]`."
     )
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    def convert(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    plain: dict[str, Any] = json.loads(json.dumps(dict(config), default=convert))
-    return plain
 
 
 # Pipelines write the module of a component's class into model_index.json and look it up there.

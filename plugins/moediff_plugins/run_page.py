@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from moediff.artefact import base_shapes
 from moediff.errors import MoediffError, WorkdirError
-from moediff.mixture import ExpertMixture, base_shapes
+from moediff.mixture import ExpertMixture
 from moediff.sampling import Sampling, generate, initial_noise
 from moediff.storage import Tensors, read_packed
 from moediff.subject import Subject

@@ -12,55 +12,22 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import nn
 
-import moediff
-from moediff import Blueprint, ExpertMixture, Intervals, Plan, Subject
-from moediff.errors import ArtefactError, DataError, PlanError
+from moediff import Blueprint, ExpertMixture, Intervals, Plan
+from moediff.errors import DataError, PlanError
 from moediff.plan import REST
 from moediff.surgery import parts_of, untie
-from tests.conftest import tiny_unet
 from tests.core.fresh import python
-
-CUTS = Intervals((0, 300, 600, 1000))
-
-
-def dissected(kind: str = "class-conditional", **changes: Any) -> Subject:
-    return moediff.installed().dissect(tiny_unet(kind, **changes), DDPMScheduler())
-
-
-def plan_of(subject: Subject) -> Plan:
-    """Shared and own layers, cut widths and a dropped layer, in three experts."""
-    anatomy = subject.anatomy
-    first, second = list(anatomy.widths)[:2]
-    gone = list(anatomy.layer_units)[-1]
-    copies = {
-        REST: (0, 0, 0),
-        anatomy.layers[0].name: (0, 1, 2),
-        anatomy.layers[1].name: (0, 0, 1),
-        gone: (0, 1, 1),
-    }
-    blueprints = [
-        Blueprint((), {first: (0,)}),
-        Blueprint((gone,), {first: (1, 2)}),
-        Blueprint((gone,)),
-    ]
-    if second.startswith(anatomy.layers[0].name):
-        blueprints[2] = Blueprint((gone,), {second: (1,)})
-    return Plan(CUTS, blueprints, copies)
-
-
-def mixture_of(subject: Subject, plan: Plan | None = None) -> ExpertMixture:
-    plan = plan or plan_of(subject)
-    return ExpertMixture.from_experts([subject] * len(plan.intervals), plan)
-
-
-def trained(mixture: ExpertMixture) -> ExpertMixture:
-    """Untied, with every weight moved, so that all experts differ."""
-    mixture.untie()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in mixture.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return mixture
+from tests.core.mixtures import (
+    CUTS,
+    LABELS,
+    MIXED,
+    SAMPLE,
+    dissected,
+    equal,
+    mixture_of,
+    plan_of,
+    trained,
+)
 
 
 def sharing(mixture: ExpertMixture) -> dict[str, tuple[int, ...]]:
@@ -72,11 +39,6 @@ def sharing(mixture: ExpertMixture) -> dict[str, tuple[int, ...]]:
             order = list(dict.fromkeys(ids))
             found[path if layer is None else layer.name] = tuple(order.index(i) for i in ids)
     return found
-
-
-SAMPLE = torch.linspace(-1, 1, 4 * 3 * 64).view(4, 3, 8, 8)
-LABELS = torch.tensor([0, 1, 2, 3])
-MIXED = torch.tensor([700, 10, 300, 599])
 
 
 @pytest.mark.parametrize(
@@ -209,14 +171,6 @@ print(sum(p.numel() for p in mixture.parameters()), mixture.tied, mixture.plan.t
 """
 
 
-def equal(first: ExpertMixture, second: ExpertMixture) -> bool:
-    states = first.state_dict(), second.state_dict()
-    return list(states[0]) == list(states[1]) and all(
-        torch.equal(value, states[1][name]) and value.dtype == states[1][name].dtype
-        for name, value in states[0].items()
-    )
-
-
 def test_a_fresh_process_gives_bit_equal_output(tmp_path: Path) -> None:
     mixture = trained(mixture_of(dissected()))
     mixture.save_pretrained(tmp_path / "m")
@@ -323,96 +277,6 @@ def test_saving_again_replaces_and_subfolders_are_honoured(tmp_path: Path) -> No
     mixture = trained(mixture_of(subject))
     mixture.save_pretrained(tmp_path / "a" / "unet", safe_serialization=True, variant=None)
     assert equal(ExpertMixture.from_pretrained(tmp_path / "a", subfolder="unet"), mixture)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    trained(mixture_of(dissected())).save_pretrained(folder)
-    return folder
-
-
-def flip(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-
-
-def edit(text: str, change: Any) -> str:
-    data = json.loads(text)
-    change(data)
-    return json.dumps(data)
-
-
-def shift(data: Any) -> None:
-    data["plan"]["cuts"][1] += 1
-
-
-def other_units(data: Any) -> None:
-    name = next(iter(data["plan"]["blueprints"][0]["keep"]))
-    data["plan"]["blueprints"][0]["keep"][name] = [3]
-
-
-def other_sharing(data: Any) -> None:
-    data["plan"]["copies"][REST] = [0, 1, 1]
-
-
-def no_weights(data: Any) -> None:
-    del data["weights"]
-
-
-DAMAGE: dict[str, tuple[str, Any]] = {
-    "weights: a flipped byte at the end": ("mixture.safetensors", lambda b: flip(b, len(b) - 1)),
-    "weights: a flipped byte in the middle": (
-        "mixture.safetensors",
-        lambda b: flip(b, len(b) // 2),
-    ),
-    "weights: cut off": ("mixture.safetensors", lambda b: b[:-1]),
-    "weights: cut in half": ("mixture.safetensors", lambda b: b[: len(b) // 2]),
-    "weights: empty": ("mixture.safetensors", lambda b: b""),
-    "weights: missing": ("mixture.safetensors", None),
-    "plan: missing": ("mixture.json", None),
-    "plan: cut off": ("mixture.json", lambda b: b[:-30]),
-    "plan: no object": ("mixture.json", lambda b: b"[]"),
-    "plan: other cuts": ("mixture.json", lambda b: edit(b.decode(), shift).encode()),
-    "plan: other units": ("mixture.json", lambda b: edit(b.decode(), other_units).encode()),
-    "plan: other sharing": ("mixture.json", lambda b: edit(b.decode(), other_sharing).encode()),
-    "plan: no checksum": ("mixture.json", lambda b: edit(b.decode(), no_weights).encode()),
-    "format": ("mixture.json", lambda b: b.replace(b'"format": 1', b'"format": 2')),
-}
-
-
-@pytest.mark.parametrize("kind", sorted(DAMAGE))
-def test_damaged_files_are_clear_errors(saved: Path, tmp_path: Path, kind: str) -> None:
-    for file in saved.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    name, change = DAMAGE[kind]
-    if change is None:
-        (tmp_path / name).unlink()
-    else:
-        before = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(change(before))
-        assert (tmp_path / name).read_bytes() != before
-    with pytest.raises(ArtefactError):
-        ExpertMixture.from_pretrained(tmp_path)
-
-
-def test_a_flipped_bit_anywhere_is_an_error_or_harmless(saved: Path, tmp_path: Path) -> None:
-    """Padding and the format's own note may change; weights, names and shapes may not."""
-    whole = ExpertMixture.from_pretrained(saved)
-    (tmp_path / "mixture.json").write_bytes((saved / "mixture.json").read_bytes())
-    data = (saved / "mixture.safetensors").read_bytes()
-    errors = 0
-    for at in range(0, len(data), len(data) // 40):
-        (tmp_path / "mixture.safetensors").write_bytes(flip(data, at))
-        try:
-            assert equal(ExpertMixture.from_pretrained(tmp_path), whole)
-        except ArtefactError:
-            errors += 1
-    assert errors >= 38
-
-
-def test_an_empty_folder_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="Give a folder that `save_pretrained` wrote"):
-        ExpertMixture.from_pretrained(tmp_path / "none")
 
 
 # Pipelines
