@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import moediff
-from benchmarks import budgets, paper_speed, rows, settings, tables
+from benchmarks import budgets, cifar, paper_speed, rows, settings, tables
 from benchmarks import recipes as recipes_of
 from benchmarks.ladder import RUNGS
 from benchmarks.scores import Channels, zeroed
-from moediff import Blueprint, ExpertMixture, Intervals, Plan
-from moediff.errors import WorkdirError
+from moediff import Allowance, Blueprint, Budget, ExpertMixture, Intervals, Plan, Scores
+from moediff.errors import BudgetError, WorkdirError
 from moediff.masking import masked
 from moediff_plugins import digits
 from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
+from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.scorers.taylor import Taylor
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,21 @@ def test_every_rung_and_every_budget_takes_as_many_optimiser_batches(on: setting
         batches += elastic.depth_steps + elastic.width_steps if elastic else 0
         assert batches == 1600
     assert budgets.by_score(on, Taylor()).recover.steps == 1600
+
+
+def test_the_least_budget_is_the_next_twentieth_that_is_reached(on: settings.Setting):
+    assert budgets.shares_of(on) == (0.7, 0.5, 0.3)
+    colour = moediff.installed().dissect(*cifar.load_base())
+    *_, least = budgets.shares_of(attrs.evolve(on, subject=colour))
+    space = Structural().space(colour, Scores(torch.zeros(len(colour.anatomy.units))))
+
+    def check(share: float) -> None:
+        budget, prices = Budget(share, MACs()), MACs().price(colour)
+        Allowance(budget, prices, (1,), lambda part: (0,)).check_floor([space])
+
+    check(least)
+    with pytest.raises(BudgetError):
+        check(least - 0.05)
 
 
 @pytest.mark.parametrize("name", ["distilled", "tuned", "pruned", "by elastic experts and masks"])
