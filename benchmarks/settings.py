@@ -237,7 +237,8 @@ def _cifar(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
 
 def _own(options: argparse.Namespace, classes: Sequence[int]) -> _Base:
     denoiser, scheduler = load_model(options.model)
-    task = Task.from_folder(options.images, denoiser.config.sample_size)
+    config = denoiser.config
+    task = Task.from_folder(options.images, config.sample_size, channels=config.in_channels)
     task = task.subset(classes) if classes else task
     sizes = (300, 500, 200, 2, 128, 10)
     return _Base(denoiser, scheduler, task, task, task, options.extractor, 1e-4, 32, sizes, "")

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
+from PIL import Image
 
 import moediff
 from moediff.cli import main
+from moediff.modelfile import load_model
 from tests.conftest import tiny_unet
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -161,6 +163,35 @@ def test_bad_images_are_one_line(recipe, tmp_path, capsys, images, says):
     np.savez(tmp_path / "data.npz", images=images)
     assert says in refused(capsys, "run", recipe, "--out", tmp_path / "out", "--quiet")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_saved_with_its_sampler_is_trained_with_its_schedule(recipe, tmp_path):
+    EulerDiscreteScheduler(beta_start=0.0002).save_pretrained(tmp_path / "model" / "scheduler")
+    _, scheduler = load_model(tmp_path / "model")
+    assert type(scheduler) is DDPMScheduler
+    assert scheduler.config.beta_start == 0.0002
+    assert main(["run", str(recipe), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def test_a_grey_model_takes_a_folder_of_images(recipe, tmp_path):
+    grey = tiny_unet(in_channels=1, out_channels=1)
+    DDPMPipeline(grey, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(tmp_path / "images" / "a.png")
+    data, images = str(tmp_path / "data.npz"), str(tmp_path / "images")
+    recipe.write_text(recipe.read_text().replace(data, images).replace("size = 8\n", ""))
+    assert main(["run", str(recipe), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(recipe, tmp_path, capsys, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    out = tmp_path / "out"
+    assert "device: got" in refused(
+        capsys, "run", recipe, "--out", out, "--quiet", "--device", device
+    )
+    assert not out.exists()
 
 
 def test_a_model_that_is_no_denoiser_is_refused(recipe, tmp_path, capsys):

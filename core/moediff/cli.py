@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     run.add_argument("--out", type=Path, required=True, metavar="DIR")
     run.add_argument("--resume", action="store_true", help="go on with a run that was killed")
+    run.add_argument("--device", default="cpu", help="where to train, such as cuda")
     run.add_argument("--quiet", action="store_true", help="draw no progress bars")
     run.set_defaults(command=_run)
 
@@ -74,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     about = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
     denoiser, scheduler = load_model(_table(about, "model", {"path"})["path"])
-    task = _task(_table(about, "task", {"path", "size", "classes", "null_label"}))
+    task = _task(_table(about, "task", {"path", "size", "classes", "null_label"}), denoiser)
     started = (options.out / "run.json").exists()
     if started and not options.resume:
         raise WorkdirError(
@@ -83,6 +84,13 @@ def _run(options: argparse.Namespace) -> None:
         )
     if options.resume and not started:
         raise WorkdirError(f"{options.out}: holds no run to resume. Leave --resume out.")
+    try:
+        denoiser.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # torch's, of a name or a missing device
+        raise OptionError(
+            f"device: got {options.device!r}: {str(error).splitlines()[0]}. Give cpu, or a device "
+            "that this machine has."
+        ) from error
     build_experts(denoiser, scheduler, task, recipe, options.out, verbose=not options.quiet)
     print(f"wrote {options.out / 'mixture'}")
 
@@ -97,8 +105,11 @@ def _table(about: dict[str, Any], name: str, allowed: set[str]) -> dict[str, Any
     return table
 
 
-def _task(table: dict[str, Any]) -> Task:
-    task = Task.from_folder(table["path"], table.get("size", 32), table.get("null_label"))
+def _task(table: dict[str, Any], denoiser: Any) -> Task:
+    size, channels = denoiser.config.sample_size, denoiser.config.in_channels
+    task = Task.from_folder(
+        table["path"], table.get("size", size), table.get("null_label"), channels
+    )
     return task.subset(table["classes"]) if "classes" in table else task
 
 

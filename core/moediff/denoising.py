@@ -23,10 +23,13 @@ def corrupt(
         clean: (B, C, H, W).
         noise: (B, C, H, W), standard normal.
         timesteps: (B,) integers in [0, T).
+
+    Raises:
+        OptionError: a prediction type that diffusers does not have.
     """
     if not hasattr(scheduler, "add_noise"):
         total = scheduler.config.num_train_timesteps
-        sigma = ((timesteps + 1) / total).view(-1, 1, 1, 1).to(clean)
+        sigma = (timesteps / total).view(-1, 1, 1, 1).to(clean)  # as samplers name their timesteps
         return (1 - sigma) * clean + sigma * noise, noise - clean
     noisy = scheduler.add_noise(clean, noise, timesteps)
     kinds: Mapping[str, Callable[[], torch.Tensor]] = {
@@ -36,7 +39,10 @@ def corrupt(
     }
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
     if kind not in kinds:
-        raise OptionError(f"prediction_type: got {kind!r}; allowed are {', '.join(sorted(kinds))}.")
+        raise OptionError(
+            f"prediction_type: got {kind!r}; allowed are {', '.join(sorted(kinds))}. "
+            "Give the scheduler that the base was trained with."
+        )
     return noisy, kinds[kind]()
 
 

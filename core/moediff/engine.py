@@ -75,7 +75,8 @@ def build_experts(
     if "mixture" in given:
         given.setdefault("plan", given["mixture"].plan)
     subject = registry.dissect(denoiser, scheduler)
-    task.check(subject.shape, getattr(denoiser, "class_embedding", None) is not None)
+    classes = getattr(denoiser.config, "num_class_embeds", None)
+    task.check(subject.shape, getattr(denoiser, "class_embedding", None) is not None, classes)
     run = _open(subject, task, recipe, workdir, cache, given, verbose, registry)
 
     with preserved(denoiser):

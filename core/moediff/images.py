@@ -62,17 +62,25 @@ def class_numbers(labels: Array | Sequence[int], count: int) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def read_images(path: Path, size: int) -> tuple[Array, Array | list[int] | None]:
+def read_images(path: Path, size: int, channels: int) -> tuple[Array, Array | Sequence[int] | None]:
     """Images (n, H, W, C) and their labels (n,), if there are any, from a folder or an `.npz`.
 
     Args:
         path: see `Task.from_folder`.
         size: height and width; files are centre-cropped and resized to it.
+        channels: C of files, which are brought to it: 1 for grey, 3 for RGB.
 
     Raises:
         DataError: nothing readable is there, or arrays have another size.
     """
-    return _from_arrays(path, size) if path.suffix == ".npz" else _from_files(path, size)
+    if path.suffix == ".npz":
+        return _from_arrays(path, size)
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise DataError(
+            f"channels: got {channels}; allowed of image files are 1 and 3. Give an .npz file."
+        )
+    return _from_files(path, size, modes[channels])
 
 
 def _from_arrays(path: Path, size: int) -> tuple[Array, Array | None]:
@@ -94,7 +102,7 @@ def _from_arrays(path: Path, size: int) -> tuple[Array, Array | None]:
     return images, labels
 
 
-def _from_files(path: Path, size: int) -> tuple[Array, list[int] | None]:
+def _from_files(path: Path, size: int, mode: str) -> tuple[Array, list[int] | None]:
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(
@@ -105,10 +113,18 @@ def _from_files(path: Path, size: int) -> tuple[Array, list[int] | None]:
     for file in files:
         try:
             with Image.open(file) as image:
-                pixels.append(np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))))
+                fitted = np.asarray(ImageOps.fit(image.convert(mode), (size, size)))
+                pixels.append(fitted.reshape(size, size, -1))
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"data: cannot read {file}: {error}. Repair or remove it.") from error
-    folders = [file.relative_to(path).parts[0] for file in files]
     nested = all(len(file.relative_to(path).parts) > 1 for file in files)
+    folders = [file.relative_to(path).parts[0] for file in files]
+    return np.stack(pixels), _classes(folders) if nested else None
+
+
+def _classes(folders: Sequence[str]) -> list[int]:
+    """Class numbers of folder names: the numbers that they are, or their places in the alphabet."""
     names = sorted(set(folders))
-    return np.stack(pixels), [names.index(folder) for folder in folders] if nested else None
+    if all(name.isdecimal() for name in names):
+        return [int(folder) for folder in folders]
+    return [names.index(folder) for folder in folders]

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from moediff.errors import OptionError
+from moediff.sampling import check_training
 
 
 def load_model(path: str | Path) -> tuple[Any, Any]:
     """Load a denoiser (float32, eval mode) and its scheduler from a saved diffusers pipeline.
+
+    A pipeline is often saved with the scheduler that it samples with. One that cannot train gives
+    the DDPM scheduler of the same noise schedule.
 
     Args:
         path: a folder with unet/ and scheduler/.
@@ -35,7 +39,12 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
                 f"model: cannot load {path / part}: {reason}. Give a folder with unet/ and "
                 "scheduler/, as a diffusers pipeline saves them."
             ) from error
-    return found["unet"].float().eval(), found["scheduler"]
+    scheduler = found["scheduler"]
+    try:
+        check_training(scheduler)
+    except OptionError:
+        scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
+    return found["unet"].float().eval(), scheduler
 
 
 def load_meta(path: str | Path) -> nn.Module:

@@ -25,6 +25,7 @@ from moediff.errors import (
     did_you_mean,
 )
 from moediff.roles import ROLES
+from moediff.sampling import check_training
 from moediff.subject import Subject
 
 API = 1
@@ -161,16 +162,25 @@ class Registry:
 
         Raises:
             AnatomyError: no installed anatomy supports it.
+            AmbiguousNameError: several do.
+            OptionError: the scheduler is not one to train with.
         """
-        for name in self.names("anatomies"):
-            provider = self.get("anatomies", name)()
-            if provider.supports(denoiser):
-                total = int(scheduler.config.num_train_timesteps)
-                return Subject(denoiser, scheduler, provider.dissect(denoiser), (0, total))
-        raise AnatomyError(
-            f"denoiser: no anatomy for a {type(denoiser).__name__}; installed are "
-            f"{', '.join(self.names('anatomies'))}. Install or write an anatomy plugin."
-        )
+        check_training(scheduler)
+        known = {name: self.get("anatomies", name)() for name in self.names("anatomies")}
+        fitting = [name for name, provider in known.items() if provider.supports(denoiser)]
+        kind = type(denoiser).__name__
+        if not fitting:
+            raise AnatomyError(
+                f"denoiser: no anatomy for a {kind}; installed are {', '.join(known)}. Install or "
+                "write an anatomy plugin."
+            )
+        if len(fitting) > 1:
+            raise AmbiguousNameError(
+                f"denoiser: the anatomies {' and '.join(fitting)} all support a {kind}. Uninstall "
+                "the plugins of all but one."
+            )
+        total = int(scheduler.config.num_train_timesteps)
+        return Subject(denoiser, scheduler, known[fitting[0]].dissect(denoiser), (0, total))
 
 
 def _ask(manager: pluggy.PluginManager, hook: str, distribution: str, plugin: Any) -> list[Entry]:

@@ -29,6 +29,20 @@ SCHEDULERS = {
 }
 
 
+def check_training(scheduler: Any) -> None:
+    """Refuse a scheduler of a base model that scales what it noises, x + sigma e.
+
+    Raises:
+        OptionError: the denoising loss would hand such inputs over unscaled.
+    """
+    if float(getattr(scheduler, "init_noise_sigma", 1)) != 1:
+        raise OptionError(
+            f"scheduler: got a {type(scheduler).__name__}, which samples and does not train; "
+            "allowed is one that noises as the base was trained, such as "
+            "DDPMScheduler.from_config(scheduler.config). Name yours in the sampling instead."
+        )
+
+
 def _known_scheduler(_: object, __: attrs.Attribute[str], name: str) -> None:
     known = SCHEDULERS.get(name, name)
     if not known.endswith("Scheduler") or known not in dir(diffusers):
@@ -62,6 +76,12 @@ class Sampling:
         A base with learned variance is sampled with the small fixed one; see `predict`.
         """
         cls = getattr(diffusers, SCHEDULERS.get(self.scheduler, self.scheduler))
+        if _flows(cls) != _flows(base):
+            raise OptionError(
+                f"scheduler: got {self.scheduler!r} for a base that was trained with a "
+                f"{type(base).__name__}; flow matching samples what flow matching trained, and "
+                "nothing else. Give the sampling another scheduler."
+            )
         learned = str(base.config.get("variance_type")).startswith("learned")
         changes = {"variance_type": "fixed_small"} if learned else {}
         scheduler = cls.from_config({**base.config, **changes})
@@ -95,6 +115,11 @@ class Sampling:
         return tuple(count * (1 if self.guidance == 1 else 2) for count in counts)
 
 
+def _flows(scheduler: Any) -> bool:
+    """Whether a scheduler, or a class of them, is one of flow matching (Lipman et al., 2023)."""
+    return not hasattr(scheduler, "add_noise")
+
+
 def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise (B, C, H, W) on the CPU, one generator per image."""
     draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -115,8 +140,18 @@ def predict(
     the channels: the prediction and how the variance interpolates. Sampling and the denoising loss
     use the first half; `whole` returns both (B, 2C, H, W), which distillation compares.
     """
-    output: torch.Tensor = denoiser(sample, timestep, **conditioning, return_dict=False)[0]
-    return output if whole else output[:, : sample.shape[1]]
+    fitting, words = fit(denoiser, sample, conditioning)
+    output: torch.Tensor = denoiser(fitting, timestep, **words, return_dict=False)[0]
+    return (output if whole else output[:, : sample.shape[1]]).to(sample.dtype)
+
+
+def fit(
+    denoiser: Call, sample: torch.Tensor, conditioning: Conditioning
+) -> tuple[torch.Tensor, Conditioning]:
+    """A sample and its conditioning in the floats of a denoiser, such as float16."""
+    dtype = getattr(denoiser, "dtype", sample.dtype)
+    words = {name: v.to(dtype) if v.is_floating_point() else v for name, v in conditioning.items()}
+    return sample.to(dtype), words
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,23 +86,32 @@ class Task:
             conditioning["class_labels"] = class_numbers(labels, len(samples))
         null: dict[str, torch.Tensor] = {}
         if null_label is not None:
+            if labels is None:
+                raise DataError(
+                    f"null_label: got {null_label} without labels. Give the images' labels, or "
+                    "leave it out."
+                )
             null["class_labels"] = torch.tensor([null_label])
         return cls(samples, conditioning, null)
 
     @classmethod
-    def from_folder(cls, path: str | Path, size: int = 32, null_label: int | None = None) -> Task:
+    def from_folder(
+        cls, path: str | Path, size: int = 32, null_label: int | None = None, channels: int = 3
+    ) -> Task:
         """Read images, centre-cropped and resized to `size` pixels.
 
         Args:
             path: a folder with one sub-folder per class, a flat folder of images, or an `.npz`
-                file that holds `images` and, if there are any, `labels`.
+                file that holds `images` and, if there are any, `labels`. Folders that are all
+                named by numbers are those classes (`3`, `8`); others are numbered by alphabet.
             size: height and width of the samples; the arrays of an `.npz` must have it already.
             null_label: see `from_arrays`.
+            channels: C of the samples, 1 for grey and 3 for RGB; an `.npz` has its own.
 
         Raises:
             DataError: nothing readable is there.
         """
-        return cls.from_arrays(*read_images(Path(path), size), null_label)
+        return cls.from_arrays(*read_images(Path(path), size, channels), null_label)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -177,15 +187,22 @@ class Task:
         }
         return chosen, null
 
-    def check(self, shape: tuple[int, int, int], conditioned: bool) -> None:
+    def check(
+        self, shape: tuple[int, int, int], conditioned: bool, classes: int | None = None
+    ) -> None:
         """Raise `DataError` unless the samples fit a denoiser that takes `shape` (C, H, W).
 
         So must those of `extra`, and the keywords of `extra` and `held_out` must be this task's.
+
+        Args:
+            shape: of the denoiser's samples.
+            conditioned: whether it takes class labels.
+            classes: how many it knows, the null label included; None where it does not say.
         """
         if tuple(self.samples.shape[1:]) != shape:
             raise DataError(
                 f"images: got samples of shape {tuple(self.samples.shape[1:])}; the denoiser takes "
-                f"{shape}. Resize or recolour the images."
+                f"{shape}. Read them with that size and number of channels."
             )
         if conditioned != ("class_labels" in self.conditioning):
             raise DataError(
@@ -193,10 +210,19 @@ class Task:
                 if conditioned
                 else "labels: the denoiser takes no class labels. Leave the labels out."
             )
+        for words in (self.conditioning, self.held_out, self.null):
+            labels = words.get("class_labels", torch.empty(0))
+            known = math.inf if classes is None else classes
+            outside = labels[(labels < 0) | (labels >= known)]
+            if classes is not None and len(outside):
+                raise DataError(
+                    f"labels: got {int(outside[0])}; the denoiser knows {classes} classes, from 0. "
+                    "Number the images' classes as it does."
+                )
         wanted = _shapes(self.conditioning)
         others = {"held_out": self.held_out} if self.held_out else {}
         if self.extra is not None:
-            self.extra.check(shape, conditioned)
+            self.extra.check(shape, conditioned, classes)
             others["extra"] = self.extra.conditioning
         for part, words in others.items():
             if _shapes(words) != wanted:

@@ -34,10 +34,13 @@ def test_noise_and_target_follow_the_prediction_type(kind: str) -> None:
 def test_flow_matching_interpolates_and_predicts_the_velocity() -> None:
     """x_s = (1 - s) x + s e, and the target is dx/ds = e - x (Lipman et al., 2023)."""
     scheduler = FlowMatchEulerDiscreteScheduler()
-    noisy, target = corrupt(scheduler, CLEAN, NOISE, TIMES)
-    for row, sigma in enumerate((1 / 1000, 701 / 1000)):
+    times = torch.tensor([1, 700])
+    noisy, target = corrupt(scheduler, CLEAN, NOISE, times)
+    for row, sigma in enumerate((0.001, 0.7)):
         wanted = (1 - sigma) * CLEAN[row] + sigma * NOISE[row]
         torch.testing.assert_close(noisy[row], wanted, rtol=1e-6, atol=1e-6)
+    theirs = scheduler.scale_noise(CLEAN, times.float(), NOISE)  # at the timesteps that it samples
+    torch.testing.assert_close(noisy, theirs, rtol=1e-6, atol=1e-6)
     assert torch.equal(target, NOISE - CLEAN)
 
 

@@ -126,3 +126,26 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found no images"):
         Task.from_folder(tmp_path / name)
+
+
+def test_folders_that_are_numbers_are_those_classes(tmp_path: Path) -> None:
+    for name, index in (("10", 0), ("8", 1), ("3", 2)):
+        save(tmp_path / name / f"{index}.png", BYTES[index])
+    task = Task.from_folder(tmp_path, size=8)
+    assert sorted(task.conditioning["class_labels"].tolist()) == [3, 8, 10]
+    assert torch.equal(task.subset([8]).samples, Task.from_arrays(BYTES[[1]]).samples)
+
+
+def test_images_become_grey_for_a_denoiser_of_one_channel(tmp_path: Path) -> None:
+    save(tmp_path / "grey.png", BYTES[0, :, :, 0])
+    save(tmp_path / "rgb.png", BYTES[1])
+    task = Task.from_folder(tmp_path, size=8, channels=1)
+    assert task.samples.shape == (2, 1, 8, 8)
+    assert torch.equal(task.samples[:1], Task.from_arrays(BYTES[:1, :, :, :1]).samples)
+    with pytest.raises(DataError, match="channels: got 4; allowed of image files are 1 and 3"):
+        Task.from_folder(tmp_path, size=8, channels=4)
+
+
+def test_a_null_label_needs_labels() -> None:
+    with pytest.raises(DataError, match="null_label: got 3 without labels"):
+        Task.from_arrays(BYTES, null_label=3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import nn
 
 import moediff
@@ -150,6 +150,18 @@ def test_dissect_finds_the_anatomy_by_the_models_class() -> None:
     assert subject.interval == (0, 50)
     with pytest.raises(AnatomyError, match=r"no anatomy for a Linear; installed are .*unet2d"):
         moediff.installed().dissect(nn.Linear(2, 2), DDPMScheduler())
+
+
+def test_two_anatomies_of_one_model_are_named() -> None:
+    known = moediff.installed().get("anatomies", "unet2d")
+    found = registry(("one", plugin(anatomies={"x": known, "y": known})))
+    with pytest.raises(AmbiguousNameError, match="the anatomies x and y all support a UNet2DModel"):
+        found.dissect(tiny_unet(), DDPMScheduler())
+
+
+def test_dissect_refuses_a_scheduler_that_cannot_train() -> None:
+    with pytest.raises(OptionError, match="got a EulerDiscreteScheduler"):
+        moediff.installed().dissect(tiny_unet(), EulerDiscreteScheduler())
 
 
 def distribution(folder: Path, name: str, entry_points: str, module: str) -> None:

@@ -7,16 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from torch import nn
 
 from moediff import Intervals, Sampling, generate
 from moediff.errors import OptionError, UnknownNameError
-from moediff.sampling import SCHEDULERS, initial_noise, predict
+from moediff.sampling import SCHEDULERS, check_training, initial_noise, predict
 from tests.conftest import conditioning, tiny_unet
 
 BASE = DDPMScheduler(num_train_timesteps=1000)
+FLOW = FlowMatchEulerDiscreteScheduler()
 HALVES = Intervals((0, 500, 1000))
+
+
+def base_of(name: str) -> Any:
+    """A scheduler that a base was trained with which is sampled so."""
+    return FLOW if name == "flow-match" else BASE
 
 
 class Watched(nn.Module):
@@ -37,9 +49,10 @@ class Watched(nn.Module):
     [(name, 19 if name in ("heun", "pndm") else 10) for name in sorted(SCHEDULERS)],
 )
 def test_calls_count_every_denoiser_call(name: str, total: int) -> None:
-    calls = Sampling(name, steps=10).calls(BASE, HALVES)
+    calls = Sampling(name, steps=10).calls(base_of(name), HALVES)
     assert sum(calls) == total
-    assert Sampling(name, steps=10, guidance=3).calls(BASE, HALVES) == tuple(2 * c for c in calls)
+    guided = Sampling(name, steps=10, guidance=3).calls(base_of(name), HALVES)
+    assert guided == tuple(2 * c for c in calls)
 
 
 @pytest.mark.parametrize(("name", "late"), [("ddim", 5), ("pndm", 14), ("heun", 9)])
@@ -54,20 +67,21 @@ def test_calls_are_what_generate_really_makes(name: str, guidance: float) -> Non
     sampling = Sampling(name, steps=4, guidance=guidance)
     labels, null = conditioning(net.inner, 2), {"class_labels": torch.tensor([3, 3])}
     with torch.no_grad():
-        generate(net, BASE, sampling, initial_noise((0, 1), (3, 8, 8)), labels, null, (0, 1))
+        noise = initial_noise((0, 1), (3, 8, 8))
+        generate(net, base_of(name), sampling, noise, labels, null, (0, 1))
     made = Counter(int(HALVES.route(t)) for t in net.seen)
-    assert (made[0], made[1]) == sampling.calls(BASE, HALVES)
+    assert (made[0], made[1]) == sampling.calls(base_of(name), HALVES)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    net, sampling = tiny_unet().double(), Sampling(name, steps=4, seed=5)
+    net, sampling, base = tiny_unet().double(), Sampling(name, steps=4, seed=5), base_of(name)
     seeds = sampling.seeds(3)
     noise = initial_noise(seeds, (3, 8, 8)).double()
     with torch.no_grad():
-        together = generate(net, BASE, sampling, noise, {}, {}, seeds)
+        together = generate(net, base, sampling, noise, {}, {}, seeds)
         for i in range(3):
-            alone = generate(net, BASE, sampling, noise[i : i + 1], {}, {}, seeds[i : i + 1])
+            alone = generate(net, base, sampling, noise[i : i + 1], {}, {}, seeds[i : i + 1])
             torch.testing.assert_close(alone[0], together[i], rtol=1e-9, atol=1e-9)
 
 
@@ -172,3 +186,32 @@ def test_steps_that_a_scheduler_cannot_make_are_refused() -> None:
 def test_more_steps_than_timesteps_is_refused() -> None:
     with pytest.raises(OptionError, match="steps: got 1001; allowed is 1 to 1000"):
         Sampling(steps=1001).prepare(BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("flow-match", BASE), ("ddim", FLOW)],
+    ids=["flow of a diffusion base", "diffusion of a flow base"],
+)
+def test_a_base_is_sampled_as_it_was_trained(name: str, base: Any) -> None:
+    with pytest.raises(OptionError, match=f"scheduler: got '{name}' for a base that was trained"):
+        Sampling(name, 4).prepare(base)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_a_scheduler_that_cannot_train_is_refused(kind: Any) -> None:
+    for trains in (BASE, DDIMScheduler(), FLOW):
+        check_training(trains)
+    with pytest.raises(OptionError, match=r"DDPMScheduler\.from_config"):
+        check_training(kind.from_config(BASE.config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_denoiser_is_called_in_its_own_floats(dtype: torch.dtype) -> None:
+    net = tiny_unet("class-conditional").eval()
+    sample, words = torch.randn(2, 3, 8, 8), conditioning(net, 2)
+    with torch.no_grad():
+        wanted = predict(net, sample, torch.tensor([3, 700]), words)
+        found = predict(net.to(dtype), sample, torch.tensor([3, 700]), words)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)

@@ -211,3 +211,16 @@ def test_the_fingerprint_tells_tasks_apart() -> None:
     ]
     assert fingerprint(text_task()) == fingerprint(task)
     assert len({fingerprint(t) for t in (task, *others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "null", "outside"), [([0, 9], 3, 9), ([-1, 0], 3, -1), ([0, 1], 4, 4)]
+)
+def test_labels_that_the_denoiser_does_not_know_are_refused(
+    labels: list[int], null: int, outside: int
+) -> None:
+    task = Task.from_arrays(BYTES[:2], labels, null_label=null)
+    with pytest.raises(DataError, match=f"labels: got {outside}; the denoiser knows 4 classes"):
+        task.check((3, 8, 8), conditioned=True, classes=4)
+    Task.from_arrays(BYTES[:2], [0, 2], null_label=3).check((3, 8, 8), True, 4)
+    task.check((3, 8, 8), conditioned=True)  # a denoiser that does not say

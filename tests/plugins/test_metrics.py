@@ -499,3 +499,14 @@ def test_the_loss_compares_models_on_the_same_draws(subject: moediff.Subject):
     assert values[0] == values[1] != values[2]
     assert values[3] == values[4]
     assert values[0] != values[3]
+
+
+def test_a_mixture_in_half_precision_is_measured_beside_its_base(base, threes_and_eights):
+    plan = Plan(Intervals((0, 500, 1000)), [Blueprint(), Blueprint()])
+    half = ExpertMixture.from_experts([base, base], plan).half()
+    run = moediff.Run(sampling=moediff.Sampling("ddim", 3))
+    whole = Frechet("digits", samples=30).measure(base.denoiser, base, threes_and_eights, run)
+    found = Frechet("digits", samples=30).measure(half, base, threes_and_eights, run)
+    assert found.value == pytest.approx(whole.value, rel=0.05)
+    assert 0.4 < Memory(batch=1).measure(half, base, threes_and_eights, run).value < 0.6
+    assert Latency(batch=1, pairs=3).measure(half, base, threes_and_eights, run).value > 0

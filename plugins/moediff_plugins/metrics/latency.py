@@ -12,6 +12,7 @@ from attrs.validators import ge, instance_of
 from torch import nn
 
 from moediff.roles import Measurement
+from moediff.sampling import fit
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run
@@ -40,9 +41,10 @@ class Latency:
         timesteps = run.sampling.prepare(subject.scheduler, device).timesteps
 
         def seconds(model: nn.Module) -> float:
+            rows, words = fit(model, sample, conditioning)
             started = _clock(device)
             for timestep in timesteps:
-                model(sample, timestep, **conditioning)
+                model(rows, timestep, **words)
             return _clock(device) - started
 
         with torch.inference_mode():

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moediff.roles import Measurement
+from moediff.sampling import fit
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run
@@ -47,7 +48,8 @@ class Memory:
         peak = partial(_cuda_peak, device) if device.type == "cuda" else live_peak
 
         def total(model: nn.Module) -> int:
-            calls = [peak(partial(model, sample, t, **conditioning)) for t in timesteps]
+            rows, words = fit(model, sample, conditioning)
+            calls = [peak(partial(model, rows, t, **words)) for t in timesteps]
             return max(calls) + weight_bytes(model)
 
         with torch.inference_mode():
