@@ -36,6 +36,7 @@ ORDER = (
     "artefact",
     "mixture",
     "recipe",
+    "given",
     "engine",
     "modelfile",
     "cli",

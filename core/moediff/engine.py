@@ -12,11 +12,12 @@ from typing import Any
 import attrs
 from torch import nn
 
-from moediff.errors import BudgetError, NoEffectWarning, OptionError, UnknownNameError, did_you_mean
+from moediff.errors import BudgetError, NoEffectWarning, OptionError
+from moediff.given import check_given, identify
 from moediff.mixture import ExpertMixture
 from moediff.plan import REST, Blueprint, Plan
 from moediff.recipe import Recipe
-from moediff.registry import Registry, installed
+from moediff.registry import Registry, installed, versions
 from moediff.space import Scores, SearchSpace
 from moediff.storage import (
     Packed,
@@ -30,8 +31,6 @@ from moediff.subject import Subject, preserved
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run, claim
-
-STAGES = ("intervals", "scores", "experts", "plan", "mixture")
 
 
 def build_experts(
@@ -69,12 +68,10 @@ def build_experts(
         WorkdirError: the folder holds another run.
     """
     registry, given = registry or installed(), dict(given or {})
-    for name in given:
-        if name not in STAGES:
-            raise UnknownNameError(f"given: unknown stage {name!r}.{did_you_mean(name, STAGES)}")
+    subject = registry.dissect(denoiser, scheduler)
     if "mixture" in given:
         given.setdefault("plan", given["mixture"].plan)
-    subject = registry.dissect(denoiser, scheduler)
+    check_given(given, subject, recipe.experts)
     classes = getattr(denoiser.config, "num_class_embeds", None)
     task.check(subject.shape, getattr(denoiser, "class_embedding", None) is not None, classes)
     run = _open(subject, task, recipe, workdir, cache, given, verbose, registry)
@@ -114,7 +111,7 @@ def _open(
             "recipe": recipe.to_tables(registry),
             "denoiser": fingerprint(subject.denoiser),
             "task": fingerprint(task),
-            "given": sorted(given),
+            "given": identify(given),
         }
         claim(Path(workdir), identity)
     folder = cache or (workdir and Path(workdir, "stages"))
@@ -131,8 +128,10 @@ def _open(
 def _depends(subjects: Sequence[Subject], task: Task, run: Run, *values: Any) -> tuple[Any, ...]:
     """What every stage depends on: code, weights, schedule, data, sampling, and the strategy."""
     weights = {id(s.denoiser): s.denoiser for s in subjects}
+    packages = sorted({type(value).__module__.partition(".")[0] for value in values})
     return (
-        version("moediff"), [*weights.values()], settings(subjects[0].scheduler.config),
+        version("moediff"), [versions().get(package, "") for package in packages],
+        [*weights.values()], settings(subjects[0].scheduler.config),
         [s.interval for s in subjects], task, run.sampling, run.experts, *values,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ class Registry:
         """Read the installed distributions' entry points in the group `moediff`."""
         plugins, broken = [], {}
         points = importlib.metadata.entry_points()
-        for group in sorted(g for g in points.groups if re.fullmatch(rf"{GROUP}(\.\d+)?", g)):
+        for group in sorted(g for g in points.groups if _ours(g)):
             for point in points.select(group=group):
                 name = point.dist.name if point.dist else point.value
                 label = name if point.name == name else f"{name}:{point.name}"
@@ -183,6 +183,11 @@ class Registry:
         return Subject(denoiser, scheduler, known[fitting[0]].dissect(denoiser), (0, total))
 
 
+def _ours(group: str) -> bool:
+    """Whether an entry-point group is moediff's, for this plugin API or another one."""
+    return re.fullmatch(rf"{GROUP}(\.\d+)?", group) is not None
+
+
 def _ask(manager: pluggy.PluginManager, hook: str, distribution: str, plugin: Any) -> list[Entry]:
     others = [p for p in manager.get_plugins() if p is not plugin]
     answers = manager.subset_hook_caller(hook, remove_plugins=others)()
@@ -212,6 +217,16 @@ def _fulfils(value: type, protocols: Iterable[type]) -> bool:
         all(callable(getattr(value, verb, None)) for verb in _verbs(protocol).split(", "))
         for protocol in protocols
     )
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """The version of every plugin's distribution, by the name of its top-level package."""
+    found = {}
+    for group in sorted(g for g in importlib.metadata.entry_points().groups if _ours(g)):
+        for point in importlib.metadata.entry_points(group=group):
+            found[point.module.partition(".")[0]] = point.dist.version if point.dist else ""
+    return found
 
 
 @functools.cache

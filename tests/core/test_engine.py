@@ -25,6 +25,7 @@ from moediff import (
     Scores,
     Task,
     build_experts,
+    engine,
 )
 from moediff.errors import (
     AnatomyError,
@@ -161,6 +162,20 @@ def test_whatever_scores_depend_on_scores_again(tmp_path: Path, kind: str) -> No
     net, task, changed = CHANGED[kind]()
     build_experts(net, SCHEDULER, task, changed, cache=tmp_path)
     assert CALLS["score"] == 1
+
+
+def test_another_release_of_a_plugin_computes_its_stages_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> None:
+        build_experts(tiny_unet(), SCHEDULER, tiny_task(), recipe(), cache=tmp_path)
+
+    build()
+    build()
+    assert CALLS["score"] == 1
+    monkeypatch.setattr(engine, "versions", lambda: {"tests": "2"})  # where the toys are
+    build()
+    assert CALLS["score"] == 2
 
 
 def test_prepared_experts_depend_on_given_scores(tmp_path: Path) -> None:
@@ -329,7 +344,11 @@ def test_a_denoiser_without_an_anatomy(tmp_path: Path) -> None:
     ("net", "task", "message"),
     [
         (tiny_unet(), Task(torch.zeros(4, 3, 16, 16)), r"shape \(3, 16, 16\); the denoiser takes"),
-        (tiny_unet(), Task(torch.zeros(4, 1, 8, 8)), "Resize or recolour"),
+        (
+            tiny_unet(),
+            Task(torch.zeros(4, 1, 8, 8)),
+            "Read them with that size",
+        ),
         (tiny_unet("class-conditional"), tiny_task(), "Pass labels"),
         (tiny_unet(), tiny_task(labelled=True), "Leave the labels out"),
     ],

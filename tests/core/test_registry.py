@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from moediff.errors import (
     PluginWarning,
     UnknownNameError,
 )
+from moediff.registry import versions
 from tests.conftest import tiny_unet
 from tests.core.toys import Draw, ToyPlugin
 
@@ -150,6 +152,10 @@ def test_dissect_finds_the_anatomy_by_the_models_class() -> None:
     assert subject.interval == (0, 50)
     with pytest.raises(AnatomyError, match=r"no anatomy for a Linear; installed are .*unet2d"):
         moediff.installed().dissect(nn.Linear(2, 2), DDPMScheduler())
+
+
+def test_versions_are_by_package() -> None:
+    assert versions()["moediff_plugins"] == version("moediff")
 
 
 def test_two_anatomies_of_one_model_are_named() -> None:
