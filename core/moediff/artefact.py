@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from moediff.errors import ArtefactError
+from moediff.errors import ArtefactError, OptionError
 from moediff.registry import installed
 from moediff.storage import Tensors, fingerprint
 from moediff.subject import Subject
@@ -53,9 +53,23 @@ def check(tensors: Tensors, data: Mapping[str, Any]) -> None:
         )
 
 
+def storable(base_class: str) -> Any:
+    """The class of a base model, by the name under which mixtures of it are stored.
+
+    Raises:
+        OptionError: diffusers has no such class, so nothing could build the mixture again.
+    """
+    if not hasattr(diffusers, base_class):
+        raise OptionError(
+            f"denoiser: got a {base_class}, and a mixture is stored by the name of a class of "
+            "diffusers. Use that class itself, or build without workdir and cache and do not save."
+        )
+    return getattr(diffusers, base_class)
+
+
 def base_shapes(data: Mapping[str, Any]) -> Subject:
     """The base model of a mixture on `meta`, without weights."""
-    base_class = getattr(diffusers, data["base_class"])
+    base_class = storable(data["base_class"])
     with torch.device("meta"):
         base = base_class.from_config(data["config"])
     kind = getattr(diffusers, data["scheduler"]["class"])

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 from torch import nn
 
+from moediff.artefact import storable
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
 from moediff.given import check_given, identify
 from moediff.mixture import ExpertMixture
@@ -106,6 +107,9 @@ def _open(
     verbose: bool,
     registry: Registry,
 ) -> Run:
+    folder = cache or (workdir and Path(workdir, "stages"))
+    if folder:
+        storable(type(subject.denoiser).__name__)
     if workdir is not None:
         identity = {
             "recipe": recipe.to_tables(registry),
@@ -114,7 +118,6 @@ def _open(
             "given": identify(given),
         }
         claim(Path(workdir), identity)
-    folder = cache or (workdir and Path(workdir, "stages"))
     return Run(
         sampling=recipe.sampling,
         experts=recipe.experts,

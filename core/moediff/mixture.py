@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from moediff import surgery
-from moediff.artefact import FORMAT, base_shapes, check, distinct, fill, plain, sealed
+from moediff.artefact import FORMAT, base_shapes, check, distinct, fill, plain, sealed, storable
 from moediff.errors import ArtefactError, PlanError
 from moediff.plan import REST, Plan
 from moediff.storage import (
@@ -203,6 +203,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
             save_directory: made if it is missing; files of the same names are replaced.
             kwargs: what pipelines pass along; sharding, variants and pickles do not apply.
         """
+        storable(self.base_class)
         folder = Path(save_directory)
         tensors, data = self.pack()
         write_packed(folder / WEIGHTS, (tensors, {"format": FORMAT}))

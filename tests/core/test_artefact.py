@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DDPMScheduler, UNet2DModel
 
+import moediff
 from moediff import ExpertMixture
-from moediff.errors import ArtefactError
+from moediff.errors import ArtefactError, OptionError
 from moediff.plan import REST
+from tests.conftest import tiny_task, tiny_unet
 from tests.core.mixtures import dissected, equal, mixture_of, trained
+from tests.core.toys import CALLS, recipe
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +106,21 @@ def test_a_flipped_bit_anywhere_is_an_error_or_harmless(saved: Path, tmp_path: P
 def test_an_empty_folder_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="Give a folder that `save_pretrained` wrote"):
         ExpertMixture.from_pretrained(tmp_path / "none")
+
+
+class OwnUNet(UNet2DModel):
+    """A denoiser that diffusers does not have."""
+
+
+def test_a_denoiser_of_one_s_own_is_built_and_refused_before_anything_is_stored(
+    tmp_path: Path,
+) -> None:
+    own = OwnUNet.from_config(tiny_unet().config)
+    mixture = moediff.build_experts(own, DDPMScheduler(), tiny_task(), recipe())
+    with pytest.raises(OptionError, match="got a OwnUNet, and a mixture is stored by the name"):
+        mixture.save_pretrained(tmp_path / "mixture")
+    CALLS.clear()
+    with pytest.raises(OptionError, match="build without workdir and cache"):
+        moediff.build_experts(own, DDPMScheduler(), tiny_task(), recipe(), tmp_path / "run")
+    assert not CALLS
+    assert not list(tmp_path.iterdir())
