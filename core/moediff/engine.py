@@ -115,6 +115,7 @@ def _open(
             "recipe": recipe.to_tables(registry),
             "denoiser": fingerprint(subject.denoiser),
             "task": fingerprint(task),
+            "classes": task.classes,
             "given": identify(given),
         }
         claim(Path(workdir), identity)

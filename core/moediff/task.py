@@ -116,6 +116,13 @@ class Task:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def classes(self) -> list[int]:
+        """The class numbers of its labels, from the lowest; none where it has no labels."""
+        labels = self.conditioning.get("class_labels", torch.empty(0, dtype=torch.long))
+        found: set[int] = set(labels.tolist())
+        return sorted(found)
+
     def subset(self, classes: Iterable[int]) -> Task:
         """The part of this task whose class labels are among `classes`; `extra` stays whole."""
         wanted = sorted(set(classes))
@@ -127,8 +134,7 @@ class Task:
         missing = [c for c in wanted if not (labels == c).any()]
         if missing or not wanted:
             raise DataError(
-                f"classes: got {wanted}; allowed are {sorted(set(labels.tolist()))}, the classes "
-                "of this task."
+                f"classes: got {wanted}; allowed are {self.classes}, the classes of this task."
             )
         rows = torch.isin(labels, torch.tensor(wanted))
         chosen, held_out = _take(self.conditioning, rows), self.held_out

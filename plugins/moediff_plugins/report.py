@@ -12,9 +12,12 @@ import attrs
 import torch
 
 from moediff.anatomy import Anatomy
+from moediff.errors import OptionError
 from moediff.plan import Plan
 from moediff.storage import write_atomic
 from moediff.timesteps import Intervals
+
+INSTALL = "Install what draws it: pip install moediff[report]."
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -65,18 +68,36 @@ class Table:
 def write_page(
     path: Path, title: str, summary: str, tables: Sequence[Table], figures: Sequence[Figure]
 ) -> None:
-    """Write the page; it loads nothing from elsewhere."""
-    import jinja2
+    """Write the page; it loads nothing from elsewhere.
+
+    Raises:
+        OptionError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise OptionError(f"report: {error}. {INSTALL}") from error
 
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
     html = template.render(title=title, summary=summary, tables=tables, figures=figures)
     write_atomic(path, lambda target: target.write_text(html, encoding="utf-8"))
 
 
-def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure as Canvas
+def _canvas(width: float, height: float) -> Any:
+    """An empty figure, in inches.
 
-    canvas = Canvas(figsize=(width, height), layout="constrained")
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise OptionError(f"report: {error}. {INSTALL}") from error
+    return Canvas(figsize=(width, height), layout="constrained")
+
+
+def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    canvas = _canvas(width, height)
     return canvas, canvas.subplots(rows, 1, squeeze=False)[:, 0]
 
 
@@ -108,6 +129,7 @@ def alignment_plot(
     objective: torch.Tensor | None = None,
     held_out: torch.Tensor | None = None,
     reliability: torch.Tensor | None = None,
+    measure: str = "cosine similarity of gradients",
 ) -> Figure:
     """The similarity matrix (G, G) of a grid on [0, T) with its cut points (DiffPruning Fig. 3).
 
@@ -120,6 +142,7 @@ def alignment_plot(
         held_out: the fit (N,) of one half of the samples by the other, for 1 to N experts.
         reliability: cosine (G,) of the gradients of two halves of the samples; near 0 the matrix
             is noise.
+        measure: what the matrix has.
     """
     total, size = cuts[-1], len(similarity)
     curves = [curve for curve in (objective, held_out, reliability) if curve is not None]
@@ -133,7 +156,7 @@ def alignment_plot(
         axes[0].axvline(cut, color="black", linestyle="--", linewidth=1)
         axes[0].axhline(cut, color="black", linestyle="--", linewidth=1)
     axes[0].set(xlabel="timestep", ylabel="timestep")
-    canvas.colorbar(image, ax=axes[0], label="cosine similarity of gradients")
+    canvas.colorbar(image, ax=axes[0], label=measure)
     if objective is not None:
         axis = next(beside)
         axis.plot(Intervals.uniform(total, size).cuts[1:-1], objective.numpy())
@@ -151,9 +174,7 @@ def alignment_plot(
 
 def _beside(rows: int) -> tuple[Any, list[Any]]:
     """A canvas with one large panel, and a column of `rows` small ones to its right."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(10 if rows else 6, 5), layout="constrained")
+    canvas = _canvas(10 if rows else 6, 5)
     grid = canvas.add_gridspec(max(rows, 1), 5)
     large = canvas.add_subplot(grid[:, :3] if rows else grid[:, :])
     return canvas, [large, *(canvas.add_subplot(grid[row, 3:]) for row in range(rows))]
@@ -161,10 +182,8 @@ def _beside(rows: int) -> tuple[Any, list[Any]]:
 
 def curves_plot(title: str, note: str, curves: Mapping[str, torch.Tensor]) -> Figure:
     """Small panels side by side of curves (steps,), for example of losses."""
-    from matplotlib.figure import Figure as Canvas
-
     rows = -(-len(curves) // 3)
-    canvas = Canvas(figsize=(10, 2.1 * rows), layout="constrained")
+    canvas = _canvas(10, 2.1 * rows)
     axes = canvas.subplots(rows, 3, squeeze=False).flatten()
     for axis, (name, curve) in zip(axes, curves.items(), strict=False):
         axis.plot(range(1, len(curve) + 1), curve.numpy(), linewidth=0.8)

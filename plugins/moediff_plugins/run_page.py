@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
     Args:
         folder: the `workdir` of `build_experts`, or `--out` of `moediff run`.
         samples: how many images to show, from the run's sampling without guidance; of a
-            class-conditional model one class after the other.
+            class-conditional model the task's classes in turn.
 
     Raises:
         WorkdirError: the folder holds no finished run.
+        OptionError: matplotlib or jinja2 is not installed.
     """
     folder = Path(folder)
     try:
@@ -60,7 +61,7 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
     recipe, figures = about["recipe"], []
     sampling = Sampling(**recipe["sampling"])
     if samples:
-        figures.append(_samples(mixture, base, sampling, samples))
+        figures.append(_samples(mixture, base, sampling, samples, about.get("classes")))
     if "intervals/similarity" in records:
         figures.append(_alignment(records, mixture))
     note = "Share of the units of every width; a cross is a dropped layer."
@@ -128,14 +129,20 @@ def _ledger(ledger: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(columns, rows, "What it took")
 
 
-def _samples(mixture: ExpertMixture, base: Subject, sampling: Sampling, count: int) -> Figure:
-    """Images of the mixture."""
+def _samples(
+    mixture: ExpertMixture,
+    base: Subject,
+    sampling: Sampling,
+    count: int,
+    classes: Sequence[int] | None,
+) -> Figure:
+    """Images of the mixture, of the task's classes in turn."""
     sampling = Sampling(sampling.scheduler, sampling.steps, seed=sampling.seed)
     seeds, conditioning = sampling.seeds(count), {}
     note = f"{sampling.scheduler}, {sampling.steps} steps, no guidance."
-    if classes := mixture.config.get("num_class_embeds"):
-        conditioning["class_labels"] = torch.arange(count) % classes
-        note += " One class after the other, from 0."
+    if classes:
+        conditioning["class_labels"] = torch.tensor(classes)[torch.arange(count) % len(classes)]
+        note += f" The task's classes in turn: {', '.join(map(str, classes))}."
     with torch.no_grad():
         noise = initial_noise(seeds, base.shape)
         made = generate(mixture, base.scheduler, sampling, noise, conditioning, {}, seeds)
@@ -143,7 +150,7 @@ def _samples(mixture: ExpertMixture, base: Subject, sampling: Sampling, count: i
 
 
 def _alignment(records: Tensors, mixture: ExpertMixture) -> Figure:
-    """The matrix that the intervals were cut from."""
+    """The matrix that the intervals were cut from, of gradients or of losses."""
     found = {
         name: records.get(f"intervals/{key}")
         for name, key in (
@@ -151,12 +158,14 @@ def _alignment(records: Tensors, mixture: ExpertMixture) -> Figure:
         )
     }  # fmt: skip
     note = "Where the halves do not agree, the matrix is noise: take more images."
+    losses = "intervals/losses" in records
     return alignment_plot(
-        "Alignment of timesteps",
+        "Similarity of timesteps' losses" if losses else "Alignment of timesteps",
         note if found["reliability"] is not None else "",
         records["intervals/similarity"],
         mixture.intervals.cuts,
         **found,
+        measure="1 - difference of losses" if losses else "cosine similarity of gradients",
     )
 
 

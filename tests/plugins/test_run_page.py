@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DDPMScheduler
 
 import moediff
 from moediff import Budget, Sampling
 from moediff.errors import WorkdirError
 from moediff_plugins.clusterers.alignment import Alignment
+from moediff_plugins.clusterers.loss_similarity import LossSimilarity
 from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.era import ERA
@@ -64,6 +66,22 @@ def test_the_page_has_the_run_s_own_figures(tmp_path: Path) -> None:
         "What it took", "Samples", "Alignment of timesteps", "What the experts keep", "Training",
     ]  # fmt: skip
     assert 'src="http' not in page
+
+
+def test_samples_are_of_the_task_s_classes(tmp_path: Path) -> None:
+    recipe = moediff.load_recipe(
+        "diffpruning", clusterer=LossSimilarity(stride=250, images=4, batch=2), prepare=None,
+        gate=ERA(steps=3, hidden=8, **SMALL), recover=None, budget=Budget(0.6, MACs()),
+        sampling=Sampling("ddim", 4),
+    )  # fmt: skip
+    task = tiny_task(labelled=True)
+    rows = torch.isin(task.conditioning["class_labels"], torch.tensor([1, 3]))
+    labels = task.conditioning["class_labels"][rows]
+    some = moediff.Task(task.samples[rows], {"class_labels": labels})
+    moediff.build_experts(tiny_unet(num_class_embeds=4), DDPMScheduler(), some, recipe, tmp_path)
+    page = write_run_page(tmp_path, samples=4).read_text(encoding="utf-8")
+    assert "The task&#39;s classes in turn: 1, 3." in page
+    assert "Similarity of timesteps&#39; losses" in page
 
 
 def test_a_page_shows_only_what_there_is(tmp_path: Path) -> None:
