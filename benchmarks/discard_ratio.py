@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 from matplotlib.figure import Figure
 
-from benchmarks.recipes import BASE_TUNED, base_rows, moedm
+from benchmarks.recipes import BASE_TUNED, TAUGHT, base_rows, moedm
 from benchmarks.rows import Figures, Row, collect, metric_run, slug, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
@@ -81,7 +81,7 @@ def main() -> None:
     figures = collect(rows(on), on)
     about = (
         "MoEDM with 2x expansion; the first column is the asked discard ratio, `live` what is "
-        "left of the parameters in one call. " + describe(on)
+        f"left of the parameters in one call. {TAUGHT} " + describe(on)
     )
     lines = summarise(figures, BASE_TUNED)
     write_table("discard_ratio", "Discard ratios (MoEDM Appendix E)", about, lines, on)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import attrs
 
 from benchmarks import cifar
-from benchmarks.recipes import base_rows, from_scratch, moedm
+from benchmarks.recipes import SCORED, base_rows, from_scratch, moedm
 from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, summarise, write_table
@@ -46,7 +46,9 @@ def main() -> None:
     task, test = (cifar.load_pets(options.data, split) for split in ("train", "test"))
     on = attrs.evolve(on, task=task, reference=test, unseen=test)
     lines = summarise(collect(rows(on), on), MOEDM)
-    about = "A base trained on CIFAR-10 is tuned to pets32, on its images. " + describe(on)
+    about = f"A base trained on CIFAR-10 is tuned to pets32, on its images. {SCORED} " + describe(
+        on
+    )
     write_table("domain_shift", "Domain shift (MoEDM Table 1)", about, lines, on)
 
 

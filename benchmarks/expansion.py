@@ -11,7 +11,7 @@ from __future__ import annotations
 import attrs
 
 import moediff
-from benchmarks.recipes import base_rows, moedm
+from benchmarks.recipes import TAUGHT, base_rows, moedm
 from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, summarise, write_table
@@ -59,6 +59,7 @@ def main() -> None:
         "The rows differ in which of the layers that remain have a copy per interval; all but "
         '"fewer layers" keep the same ones. "learned" and "fewer layers" store at most what '
         '"uneven" does. The steps of "learned" count those that its gate was trained for. '
+        + f"{TAUGHT} "
         + describe(on)
     )
     write_table("expansion", "Expansion strategies (MoEDM Table 7)", about, lines, on)

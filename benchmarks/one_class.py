@@ -5,7 +5,7 @@ python -m benchmarks.one_class --on digits
 
 from __future__ import annotations
 
-from benchmarks.recipes import BASE_TUNED, base_rows, moedm
+from benchmarks.recipes import BASE_TUNED, TAUGHT, base_rows, moedm
 from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, summarise, write_table
@@ -31,7 +31,7 @@ def main() -> None:
         found = summarise(collect(rows(on), on), BASE_TUNED)
         real = str(len(on.reference))
         lines += [{"class": name, "real images": real, **line} for line in found]
-    about = "Each class is a task of its own. " + describe(on, real="the class's")
+    about = f"Each class is a task of its own. {TAUGHT} " + describe(on, real="the class's")
     write_table("one_class", "One class at a time (MoEDM Tables 2 and 3)", about, lines, on)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import attrs
 
-from benchmarks.recipes import base_rows, moedm
+from benchmarks.recipes import TAUGHT, base_rows, moedm
 from benchmarks.rows import Row, collect, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, summarise, write_table
@@ -40,7 +40,7 @@ def main() -> None:
     options = parse_args(__doc__.splitlines()[0])
     on = load(options, "phases")
     lines = summarise(collect(rows(on), on), DIRECT)
-    about = "MoEDM with 2x expansion, trained in different ways. " + describe(on)
+    about = f"MoEDM with 2x expansion, trained in different ways. {TAUGHT} " + describe(on)
     write_table("phases", "Two phases of training (MoEDM Appendix B)", about, lines, on)
 
 

@@ -37,8 +37,13 @@ GATES = (
 )
 
 
+SCORED = "MoEDM's scores are its ablation's, sketched over samplings of 10 steps."
+TAUGHT = SCORED[:-1] + ", and its teacher's images are such samplings too."
+"""What a table of MoEDM has to say of `moedm`, without a teacher and with one."""
+
+
 def moedm(on: Setting, *, real: bool = False) -> Recipe:
-    """MoEDM at this setting's size.
+    """MoEDM at this setting's size, its scores (Eq. 1) by the sketch.
 
     Args:
         on: the setting.
