@@ -28,7 +28,6 @@ ORDER = (
     "allowance",
     "surgery",
     "masking",
-    "storage",
     "workdir",
     "roles",
     "hookspecs",
