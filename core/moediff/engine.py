@@ -156,8 +156,8 @@ def _intervals(
         )
     if intervals.total != subject.total:
         raise OptionError(
-            f"intervals: cover [0, {intervals.total}); the scheduler has {subject.total} timesteps. "
-            "Cut those."
+            f"intervals: cover [0, {intervals.total}); the scheduler has {subject.total} "
+            "timesteps. Cut those."
         )
     return intervals
 
