@@ -22,12 +22,19 @@ from pathlib import Path
 import attrs
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch
 from benchmarks.rows import Figures, Row, collect, slug, trained
 from benchmarks.settings import Setting, parse_args, whole_task
-from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
+from benchmarks.tables import (
+    describe,
+    distances,
+    plain_ticks,
+    summarise,
+    write_picture,
+    write_plot,
+    write_table,
+)
 from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe, Scores
 from moediff.roles import Scorer
@@ -101,9 +108,7 @@ def curves(figures: Figures, shares: Sequence[float]) -> Figure:
         axis.set_xlabel(f"{cost} of a call / base")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")  # what falls apart would press the others together
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes[0].yaxis.set_minor_locator(NullLocator())
+    plain_ticks(axes[0].yaxis)
     axes[0].set_ylabel(f"{key}, mean over the seeds")
     axes[1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

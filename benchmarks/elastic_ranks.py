@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.recipes import diffpruning, finetune
 from benchmarks.rows import Figures, Row, collect, slug, train
 from benchmarks.settings import Setting, parse_args, whole_task
-from benchmarks.tables import difference, spread, write_plot, write_table
+from benchmarks.tables import difference, plain_ticks, spread, write_plot, write_table
 from moediff import (
     Blueprint,
     ExpertMixture,
@@ -177,6 +177,7 @@ def plot(figures: Figures) -> Figure:
             ]
             axis.scatter(*zip(*pairs, strict=True), c=colour, s=14, label=f"sub-networks: {state}")
         axis.set_xscale("log")
+        plain_ticks(axis.xaxis)
         axis.set_title(name, fontsize="medium", loc="left")
         axis.set_xlabel("loss as a mask")
         axis.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import diffusers
 import torch
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 from benchmarks.rows import Figures
@@ -108,6 +110,13 @@ def write_markdown(
     text = f"# {title}\n\n{about}\n\n{table}\n\n{made}\n"
     write_atomic(path, lambda target: target.write_text(text, encoding="utf-8"))
     print(text)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, 1.5, 2, 3, 5, 7 and 10 times a power of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def write_plot(name: str, figure: Figure, on: Setting) -> None:
