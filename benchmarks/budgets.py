@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import attrs
@@ -103,8 +104,9 @@ def curves(figures: Figures, shares: Sequence[float]) -> Figure:
     for axis, cost in zip(axes, ("MACs", "latency"), strict=True):
         line = [at(name, cost) for name in ours]
         axis.plot(*zip(*line, strict=True), color="C0", marker="o", label="DiffPruning")
-        for place, name in enumerate(others):
-            axis.plot(*at(name, cost), "s", color=f"C{1 + place}", label=name)
+        for place, (name, marker) in enumerate(zip(others, cycle("sD^v<>PX*h"), strict=False)):
+            style = {"marker": marker, "color": f"C{1 + place % 9}", "fillstyle": "none"}
+            axis.plot(*at(name, cost), linestyle="", markersize=8, label=name, **style)
         axis.set_xlabel(f"{cost} of a call / base")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")  # what falls apart would press the others together

@@ -168,7 +168,7 @@ def alignment_plot(
     if reliability is not None:
         axis = next(beside)
         axis.plot([(k + 0.5) * total / size for k in range(size)], reliability.numpy())
-        axis.set(xlabel="timestep", ylabel="halves agree", xlim=(0, total), ylim=(-0.1, 1.05))
+        axis.set(xlabel="timestep", ylabel="halves agree", xlim=(0, total), ylim=(-1.05, 1.05))
     return Figure(title, note, _png(canvas))
 
 
