@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 import moediff
 from moediff_plugins.counters import latency
@@ -75,6 +75,12 @@ def tiny_task(labelled: bool = False, count: int = 32) -> moediff.Task:
     images = rng.uniform(-1, 1, (count, 8, 8, 3)).astype(np.float32)
     labels = rng.integers(0, 4, count) if labelled else None
     return moediff.Task.from_arrays(images, labels)
+
+
+def base_scheduler(name: str) -> Any:
+    """A scheduler of T = 1000 of a base that the sampling of this name suits."""
+    flows = name == "flow-match"
+    return FlowMatchEulerDiscreteScheduler() if flows else DDPMScheduler()
 
 
 def conditioning(unet: UNet2DModel, batch: int) -> dict[str, torch.Tensor]:

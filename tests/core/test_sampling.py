@@ -19,16 +19,11 @@ from torch import nn
 from moediff import Intervals, Sampling, generate
 from moediff.errors import OptionError, UnknownNameError
 from moediff.sampling import SCHEDULERS, check_training, initial_noise, predict
-from tests.conftest import conditioning, tiny_unet
+from tests.conftest import base_scheduler, conditioning, tiny_unet
 
 BASE = DDPMScheduler(num_train_timesteps=1000)
 FLOW = FlowMatchEulerDiscreteScheduler()
 HALVES = Intervals((0, 500, 1000))
-
-
-def base_of(name: str) -> Any:
-    """A scheduler that a base was trained with which is sampled so."""
-    return FLOW if name == "flow-match" else BASE
 
 
 class Watched(nn.Module):
@@ -49,9 +44,9 @@ class Watched(nn.Module):
     [(name, 19 if name in ("heun", "pndm") else 10) for name in sorted(SCHEDULERS)],
 )
 def test_calls_count_every_denoiser_call(name: str, total: int) -> None:
-    calls = Sampling(name, steps=10).calls(base_of(name), HALVES)
+    calls = Sampling(name, steps=10).calls(base_scheduler(name), HALVES)
     assert sum(calls) == total
-    guided = Sampling(name, steps=10, guidance=3).calls(base_of(name), HALVES)
+    guided = Sampling(name, steps=10, guidance=3).calls(base_scheduler(name), HALVES)
     assert guided == tuple(2 * c for c in calls)
 
 
@@ -68,14 +63,18 @@ def test_calls_are_what_generate_really_makes(name: str, guidance: float) -> Non
     labels, null = conditioning(net.inner, 2), {"class_labels": torch.tensor([3, 3])}
     with torch.no_grad():
         noise = initial_noise((0, 1), (3, 8, 8))
-        generate(net, base_of(name), sampling, noise, labels, null, (0, 1))
+        generate(net, base_scheduler(name), sampling, noise, labels, null, (0, 1))
     made = Counter(int(HALVES.route(t)) for t in net.seen)
-    assert (made[0], made[1]) == sampling.calls(base_of(name), HALVES)
+    assert (made[0], made[1]) == sampling.calls(base_scheduler(name), HALVES)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    net, sampling, base = tiny_unet().double(), Sampling(name, steps=4, seed=5), base_of(name)
+    net, sampling, base = (
+        tiny_unet().double(),
+        Sampling(name, steps=4, seed=5),
+        base_scheduler(name),
+    )
     seeds = sampling.seeds(3)
     noise = initial_noise(seeds, (3, 8, 8)).double()
     with torch.no_grad():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moediff import Intervals, Sampling
 from moediff.errors import DataError, OptionError
 from moediff.sampling import SCHEDULERS
+from tests.conftest import base_scheduler
 
 CUTS = st.lists(st.integers(1, 999), max_size=7, unique=True).map(
     lambda inner: Intervals((0, *sorted(inner), 1000))
@@ -54,7 +54,7 @@ def test_router_and_training_sampler_agree_for_every_scheduler(name: str, steps:
     if name == "pndm" and steps == 1:
         steps = 5  # PNDM starts with four Runge-Kutta steps
     intervals = Intervals((0, 137, 500, 501, 902, 1000))
-    scheduler = Sampling(name, steps=steps).prepare(DDPMScheduler())
+    scheduler = Sampling(name, steps=steps).prepare(base_scheduler(name))
     generator = torch.Generator().manual_seed(0)
     trained = [
         set(intervals.sample(20_000, generator, expert).tolist())
@@ -71,7 +71,7 @@ def test_router_and_training_sampler_agree_for_every_scheduler(name: str, steps:
 
 
 def test_flow_match_starts_at_the_total_and_is_clamped() -> None:
-    first = Sampling("flow-match", steps=10).prepare(DDPMScheduler()).timesteps[0]
+    first = Sampling("flow-match", 10).prepare(base_scheduler("flow-match")).timesteps[0]
     assert first.item() == 1000.0
     assert Intervals((0, 500, 1000)).route(first) == 1
 
