@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import diffusers
 import torch
+from torch import nn
 
 from moediff.errors import OptionError, UnknownNameError, did_you_mean
 from moediff.timesteps import Intervals
@@ -149,7 +150,10 @@ def fit(
     denoiser: Call, sample: torch.Tensor, conditioning: Conditioning
 ) -> tuple[torch.Tensor, Conditioning]:
     """A sample and its conditioning in the floats of a denoiser, such as float16."""
-    dtype = getattr(denoiser, "dtype", sample.dtype)
+    # The first weight, because diffusers' `dtype` looks at every module, at every call.
+    weight = next(denoiser.parameters(), sample) if isinstance(denoiser, nn.Module) else sample
+    computes = weight.is_floating_point() and weight.dtype.itemsize > 1  # eight bits only store
+    dtype = weight.dtype if computes else sample.dtype
     words = {name: v.to(dtype) if v.is_floating_point() else v for name, v in conditioning.items()}
     return sample.to(dtype), words
 
