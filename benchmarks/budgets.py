@@ -71,9 +71,9 @@ def by_score(on: Setting, scorer: Scorer) -> Recipe:
     )
 
 
-def rows(on: Setting) -> dict[str, Row]:
+def rows(on: Setting, shares: Sequence[float]) -> dict[str, Row]:
     """The base rows, the budgets, and the others at half of the MACs."""
-    ours = {OURS.format(share): diffpruning(on, share) for share in shares_of(on)}
+    ours = {OURS.format(share): diffpruning(on, share) for share in shares}
     recipes = ours | {
         "single expert, 50%": diffpruning(on, HALF, experts=1),
         "taylor, 50%": by_score(on, Taylor()),
@@ -149,7 +149,7 @@ def main() -> None:
     options = parse_args(__doc__.splitlines()[0])
     on = whole_task(options, "budgets")
     shares = shares_of(on)
-    figures = collect(rows(on), on)
+    figures = collect(rows(on, shares), on)
     lines = summarise(figures, OURS_HALF, ["latency"])
     about = (
         "Budgets are shares of the base model's MACs"

@@ -20,12 +20,16 @@ FORMAT = 1
 
 def distinct(module: nn.Module) -> Tensors:
     """A module's tensors by name, those that several names share under the first of them."""
-    first: dict[int, str] = {}
-    tensors: Tensors = {}
+    state = module.state_dict()
+    return {names[0]: state[names[0]] for names in _shared(module)}
+
+
+def _shared(module: nn.Module) -> list[list[str]]:
+    """The names of a module's tensors, those of one tensor together."""
+    groups: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if first.setdefault(id(tensor), name) == name:
-            tensors[name] = tensor.detach()
-    return tensors
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
 
 
 def sealed(data: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -82,10 +86,8 @@ def fill(module: nn.Module, tensors: Tensors) -> None:
     Raises:
         ArtefactError: the names are not those of `distinct`.
     """
-    groups: dict[int, list[str]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    expected = {names[0] for names in groups.values()}
+    groups = _shared(module)
+    expected = {names[0] for names in groups}
     if expected != set(tensors):
         missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
         raise ArtefactError(f"mixture: tensors missing: {missing}; not expected: {extra}.")
@@ -93,7 +95,7 @@ def fill(module: nn.Module, tensors: Tensors) -> None:
     aligned = {name: tensor.clone() for name, tensor in tensors.items()}
     # Experts share modules, not parameters: a shared module is filled once per name, alike.
     module.load_state_dict(
-        {name: aligned[names[0]] for names in groups.values() for name in names}, assign=True
+        {name: aligned[names[0]] for names in groups for name in names}, assign=True
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moediff.errors import OptionError
-from moediff.sampling import Call, predict
+from moediff.sampling import Call, flows, predict
 from moediff.task import Batch
 
 
@@ -27,7 +27,7 @@ def corrupt(
     Raises:
         OptionError: a prediction type that diffusers does not have.
     """
-    if not hasattr(scheduler, "add_noise"):
+    if flows(scheduler):
         total = scheduler.config.num_train_timesteps
         sigma = (timesteps / total).view(-1, 1, 1, 1).to(clean)  # as samplers name their timesteps
         return (1 - sigma) * clean + sigma * noise, noise - clean

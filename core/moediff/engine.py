@@ -257,7 +257,7 @@ def _allocate(
 
         plan = run.stage(
             "plan",
-            _depends(experts, task, run, recipe.gate, recipe.budget, ranked),
+            _depends(experts, task, run, recipe.gate, recipe.budget, recipe.budget.counter, ranked),
             compute,
             pack=lambda result: ({}, result.to_json()),
             unpack=lambda tensors, data: Plan.from_json(data),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moediff.errors import OptionError
-from moediff.sampling import check_training
+from moediff.sampling import trains
 
 
 def load_model(path: str | Path) -> tuple[Any, Any]:
@@ -40,9 +40,7 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
                 "scheduler/, as a diffusers pipeline saves them."
             ) from error
     scheduler = found["scheduler"]
-    try:
-        check_training(scheduler)
-    except OptionError:
+    if not trains(scheduler):
         scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
     return found["unet"].float().eval(), scheduler
 

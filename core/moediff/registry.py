@@ -89,19 +89,17 @@ class Registry:
     def load(cls) -> Registry:
         """Read the installed distributions' entry points in the group `moediff`."""
         plugins, broken = [], {}
-        points = importlib.metadata.entry_points()
-        for group in sorted(g for g in points.groups if _ours(g)):
-            for point in points.select(group=group):
-                name = point.dist.name if point.dist else point.value
-                label = name if point.name == name else f"{name}:{point.name}"
-                made_for = int(group.rpartition(".")[2]) if "." in group else API
-                if made_for != API:
-                    broken[label] = f"made for plugin API {made_for}; this moediff has API {API}."
-                    continue
-                try:
-                    plugins.append((label, point.load()))
-                except Exception as error:
-                    broken[label] = f"cannot be imported: {type(error).__name__}: {error}."
+        for point in _points():
+            name = point.dist.name if point.dist else point.value
+            label = name if point.name == name else f"{name}:{point.name}"
+            made_for = int(point.group.rpartition(".")[2]) if "." in point.group else API
+            if made_for != API:
+                broken[label] = f"made for plugin API {made_for}; this moediff has API {API}."
+                continue
+            try:
+                plugins.append((label, point.load()))
+            except Exception as error:
+                broken[label] = f"cannot be imported: {type(error).__name__}: {error}."
         return cls.of(plugins, broken)
 
     def names(self, hook: str) -> tuple[str, ...]:
@@ -183,9 +181,11 @@ class Registry:
         return Subject(denoiser, scheduler, known[fitting[0]].dissect(denoiser), (0, total))
 
 
-def _ours(group: str) -> bool:
-    """Whether an entry-point group is moediff's, for this plugin API or another one."""
-    return re.fullmatch(rf"{GROUP}(\.\d+)?", group) is not None
+def _points() -> list[importlib.metadata.EntryPoint]:
+    """The entry points of all installed plugins, for this plugin API and for other ones."""
+    points = importlib.metadata.entry_points()
+    groups = sorted(g for g in points.groups if re.fullmatch(rf"{GROUP}(\.\d+)?", g))
+    return [point for group in groups for point in points.select(group=group)]
 
 
 def _ask(manager: pluggy.PluginManager, hook: str, distribution: str, plugin: Any) -> list[Entry]:
@@ -222,11 +222,10 @@ def _fulfils(value: type, protocols: Iterable[type]) -> bool:
 @functools.cache
 def versions() -> Mapping[str, str]:
     """The version of every plugin's distribution, by the name of its top-level package."""
-    found = {}
-    for group in sorted(g for g in importlib.metadata.entry_points().groups if _ours(g)):
-        for point in importlib.metadata.entry_points(group=group):
-            found[point.module.partition(".")[0]] = point.dist.version if point.dist else ""
-    return found
+    return {
+        point.module.partition(".")[0]: point.dist.version if point.dist else ""
+        for point in _points()
+    }
 
 
 @functools.cache

@@ -30,13 +30,18 @@ SCHEDULERS = {
 }
 
 
+def trains(scheduler: Any) -> bool:
+    """Whether what a scheduler noises goes into a denoiser unscaled, unlike x + sigma e."""
+    return float(getattr(scheduler, "init_noise_sigma", 1)) == 1
+
+
 def check_training(scheduler: Any) -> None:
-    """Refuse a scheduler of a base model that scales what it noises, x + sigma e.
+    """Refuse a base model's scheduler that does not train.
 
     Raises:
-        OptionError: the denoising loss would hand such inputs over unscaled.
+        OptionError: the denoising loss would hand its inputs over unscaled.
     """
-    if float(getattr(scheduler, "init_noise_sigma", 1)) != 1:
+    if not trains(scheduler):
         raise OptionError(
             f"scheduler: got a {type(scheduler).__name__}, which samples and does not train; "
             "allowed is one that noises as the base was trained, such as "
@@ -77,7 +82,7 @@ class Sampling:
         A base with learned variance is sampled with the small fixed one; see `predict`.
         """
         cls = getattr(diffusers, SCHEDULERS.get(self.scheduler, self.scheduler))
-        if _flows(cls) != _flows(base):
+        if flows(cls) != flows(base):
             raise OptionError(
                 f"scheduler: got {self.scheduler!r} for a base that was trained with a "
                 f"{type(base).__name__}; flow matching samples what flow matching trained, and "
@@ -116,7 +121,7 @@ class Sampling:
         return tuple(count * (1 if self.guidance == 1 else 2) for count in counts)
 
 
-def _flows(scheduler: Any) -> bool:
+def flows(scheduler: Any) -> bool:
     """Whether a scheduler, or a class of them, is one of flow matching (Lipman et al., 2023)."""
     return not hasattr(scheduler, "add_noise")
 

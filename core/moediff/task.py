@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,10 @@ class Task:
 
     @property
     def classes(self) -> list[int]:
-        """The class numbers of its labels, from the lowest; none where it has no labels."""
-        labels = self.conditioning.get("class_labels", torch.empty(0, dtype=torch.long))
+        """The class numbers of its labels, from the lowest; none where labels are no numbers."""
+        labels = self.conditioning.get("class_labels")
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            return []
         found: set[int] = set(labels.tolist())
         return sorted(found)
 
@@ -216,15 +217,8 @@ class Task:
                 if conditioned
                 else "labels: the denoiser takes no class labels. Leave the labels out."
             )
-        for words in (self.conditioning, self.held_out, self.null):
-            labels = words.get("class_labels", torch.empty(0))
-            known = math.inf if classes is None else classes
-            outside = labels[(labels < 0) | (labels >= known)]
-            if classes is not None and len(outside):
-                raise DataError(
-                    f"labels: got {int(outside[0])}; the denoiser knows {classes} classes, from 0. "
-                    "Number the images' classes as it does."
-                )
+        if classes is not None:
+            self._check_labels(classes)
         wanted = _shapes(self.conditioning)
         others = {"held_out": self.held_out} if self.held_out else {}
         if self.extra is not None:
@@ -242,6 +236,16 @@ class Task:
                 f"held_out: got {counts} rows; allowed is one number for all keywords, at least 1. "
                 "Hold out whole prompts."
             )
+
+    def _check_labels(self, classes: int) -> None:
+        for words in (self.conditioning, self.held_out, self.null):
+            labels = words.get("class_labels", torch.empty(0))
+            outside = labels[(labels < 0) | (labels >= classes)]
+            if len(outside):
+                raise DataError(
+                    f"labels: got {int(outside[0])}; the denoiser knows {classes} classes, from 0. "
+                    "Number the images' classes as it does."
+                )
 
 
 def _take(words: Conditioning, rows: torch.Tensor) -> dict[str, torch.Tensor]:

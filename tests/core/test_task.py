@@ -199,6 +199,13 @@ def test_check_looks_into_the_extra_rows() -> None:
         worded.check((3, 8, 8), conditioned=False)
 
 
+def test_classes_are_those_of_labels_that_are_numbers() -> None:
+    assert Task.from_arrays(BYTES, [4, 0, 4, 2, 0, 2]).classes == [0, 2, 4]
+    assert Task.from_arrays(BYTES).classes == []
+    samples = Task.from_arrays(BYTES).samples
+    assert Task(samples, {"class_labels": torch.eye(6)}).classes == []  # embedded as they are
+
+
 def test_the_fingerprint_tells_tasks_apart() -> None:
     task = text_task()
     extra = attrs.evolve(task, held_out={})
