@@ -36,6 +36,7 @@ ORDER = (
     "mixture",
     "recipe",
     "given",
+    "stages",
     "engine",
     "modelfile",
     "cli",

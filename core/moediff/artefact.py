@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moediff.errors import ArtefactError, OptionError
-from moediff.registry import installed
+from moediff.registry import Registry
 from moediff.storage import Tensors, fingerprint
 from moediff.subject import Subject
 
@@ -71,13 +71,13 @@ def storable(base_class: str) -> Any:
     return getattr(diffusers, base_class)
 
 
-def base_shapes(data: Mapping[str, Any]) -> Subject:
-    """The base model of a mixture on `meta`, without weights."""
+def base_shapes(data: Mapping[str, Any], registry: Registry) -> Subject:
+    """The base model of a mixture on `meta`, without weights; the registry knows its anatomy."""
     base_class = storable(data["base_class"])
     with torch.device("meta"):
         base = base_class.from_config(data["config"])
     kind = getattr(diffusers, data["scheduler"]["class"])
-    return installed().dissect(base, kind.from_config(data["scheduler"]["config"]))
+    return registry.dissect(base, kind.from_config(data["scheduler"]["config"]))
 
 
 def fill(module: nn.Module, tensors: Tensors) -> None:

@@ -17,6 +17,7 @@ from moediff import surgery
 from moediff.artefact import FORMAT, base_shapes, check, distinct, fill, plain, sealed, storable
 from moediff.errors import ArtefactError, PlanError
 from moediff.plan import REST, Plan
+from moediff.registry import Registry, installed
 from moediff.storage import (
     Packed,
     Tensors,
@@ -178,14 +179,21 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return tensors, sealed(data, tensors)
 
     @classmethod
-    def unpack(cls, tensors: Tensors, data: Mapping[str, Any]) -> ExpertMixture:
+    def unpack(
+        cls, tensors: Tensors, data: Mapping[str, Any], registry: Registry | None = None
+    ) -> ExpertMixture:
         """Rebuild a mixture: shapes on `meta` from config and plan, then a strict load.
+
+        Args:
+            tensors: by name, from `pack`.
+            data: from `pack`.
+            registry: where the base's anatomy is looked up; the installed plugins by default.
 
         Raises:
             ArtefactError: the tensors are not those that were packed.
         """
         check(tensors, data)
-        subject = base_shapes(data)
+        subject = base_shapes(data, registry or installed())
         plan = Plan.from_json(data["plan"])
         tied, sources = bool(data["tied"]), data["sources"]
         bases = {number: copy.deepcopy(subject.denoiser) for number in set(sources)}
@@ -212,12 +220,17 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        registry: Registry | None = None,
+        **kwargs: Any,
     ) -> ExpertMixture:
         """Load what `save_pretrained` wrote; the outputs are bit-equal.
 
         Args:
             pretrained_model_name_or_path: the folder.
+            registry: where the base's anatomy is looked up; the installed plugins by default.
             kwargs: `torch_dtype` and `subfolder` are honoured; the others do not apply.
 
         Raises:
@@ -233,7 +246,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ) from error
         tensors, _ = read_packed(folder / WEIGHTS)
         try:
-            mixture = cls.unpack(tensors, data)
+            mixture = cls.unpack(tensors, data, registry)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(
                 f"{folder / MIXTURE}: is not a mixture's ({type(error).__name__}: {error}). "

@@ -17,6 +17,7 @@ import torch
 from moediff.artefact import base_shapes
 from moediff.errors import MoediffError, WorkdirError
 from moediff.mixture import ExpertMixture
+from moediff.registry import installed
 from moediff.sampling import Sampling, generate, initial_noise
 from moediff.storage import Tensors, read_packed
 from moediff.subject import Subject
@@ -57,7 +58,8 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
             f"{folder}: holds no finished run ({error}). Give the folder of a run that has ended, "
             "or go on with it first."
         ) from error
-    mixture, base = ExpertMixture.from_pretrained(folder / "mixture"), base_shapes(data)
+    mixture = ExpertMixture.from_pretrained(folder / "mixture")
+    base = base_shapes(data, installed())
     recipe, figures = about["recipe"], []
     sampling = Sampling(**recipe["sampling"])
     if samples:
