@@ -1,9 +1,9 @@
 """DiffPruning's Table 2: what experts, the ERA, elastic depth and elastic width add, one by one.
 
 Every rung has the same number of optimiser batches; those without elastic tuning are fine-tuned
-for longer (Sec. 4.2). Two rows beside the ladder have more, to tell what a part does from what it
-takes away: experts of which each sees as many batches as the single one, and DiffPruning that is
-fine-tuned as long as a rung without elastic tuning.
+for longer (Sec. 4.2). Three rows beside the ladder have more, to tell what a part does from what it
+takes away: experts of which each sees as many batches as the single one, masks that are trained ten
+times as long, and DiffPruning that is fine-tuned as long as a rung without elastic tuning.
 
     python -m benchmarks.ladder --on digits
 """
@@ -31,15 +31,19 @@ RUNGS = {
 """Rung -> the parts of DiffPruning that it is without, lowest first."""
 
 TWICE = "experts, twice the batches"
+MASKS = "ERA, ten times the masks' batches"
 LONGER = "DiffPruning, fine-tuned as long as ERA"
 
 
 def rows(on: Setting) -> dict[str, Row]:
-    """The base rows, then the rungs, then the two rows with more batches."""
+    """The base rows, then the rungs, then the three rows with more batches."""
     recipes = {name: diffpruning(on, **parts) for name, parts in RUNGS.items()}
     twice = attrs.evolve(on, steps=2 * on.steps)
     recipes[TWICE] = diffpruning(twice, **RUNGS["+ experts"])
-    recipes[LONGER] = attrs.evolve(recipes["+ elastic width"], recover=recipes["+ ERA"].recover)
+    era = recipes["+ ERA"]
+    gate = attrs.evolve(era.gate, steps=10 * era.gate.steps)  # type: ignore[attr-defined]
+    recipes[MASKS] = attrs.evolve(era, gate=gate)
+    recipes[LONGER] = attrs.evolve(recipes["+ elastic width"], recover=era.recover)
     return base_rows(on) | {name: trained(recipe, on, name) for name, recipe in recipes.items()}
 
 
@@ -48,13 +52,14 @@ def main() -> None:
     options = parse_args(__doc__.splitlines()[0])
     on = whole_task(options, "ladder")
     below = {upper: lower for lower, upper in pairwise(RUNGS)}
-    below |= {TWICE: next(iter(RUNGS)), LONGER: "+ ERA"}
+    below |= {TWICE: next(iter(RUNGS)), MASKS: "+ ERA", LONGER: "+ ERA"}
     lines = summarise(collect(rows(on), on), below, ["latency"])
     about = (
         "Each rung adds one part to the one above it and is compared with that one; the rung with "
-        f"elastic width is DiffPruning. The last two rows have more batches: `{TWICE}` is compared "
-        "with the single expert, of which each of its experts has the batches, and "
-        f"`{LONGER}` with that rung, whose fine-tuning it has. {GATES} " + describe(on)
+        f"elastic width is DiffPruning. The last three rows have more batches: `{TWICE}` is "
+        "compared with the single expert, of which each of its experts has the batches, "
+        f"`{MASKS}` and `{LONGER}` with the rung of the ERA, whose fine-tuning they have. {GATES} "
+        + describe(on)
     )
     write_table(
         "ladder", "The parts of DiffPruning at half of the MACs (Table 2)", about, lines, on
