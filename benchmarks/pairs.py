@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+from moediff_plugins.clock import paired_ratios
 
 
 def paired_ratio(
@@ -23,10 +18,8 @@ def paired_ratio(
     least: int = 7,
     spread: float = 0.05,
 ) -> tuple[float, float, float]:
-    """Time two calls in interleaved pairs; return the ratio slow / fast.
+    """Time two calls on the CPU in interleaved pairs; return the ratio slow / fast.
 
-    A pair runs close together, so that whatever else the machine does hits both, and its order
-    alternates, so that neither profits from going second. Both calls run once before, unmeasured.
     Make a call long enough for the clock (a millisecond or more); loop inside it if it is not.
 
     Args:
@@ -39,16 +32,10 @@ def paired_ratio(
     Returns:
         The median of the pairs' ratios, the lower and the upper quartile.
     """
-    slow(), fast()
     ratios: list[float] = []
-    while len(ratios) < pairs:
-        if len(ratios) % 2:
-            after = _seconds(fast)
-            ratios.append(_seconds(slow) / after)
-        else:
-            before = _seconds(slow)
-            ratios.append(before / _seconds(fast))
+    for ratio in paired_ratios(slow, fast):
+        ratios.append(ratio)
         low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        if len(ratios) >= least and high - low < spread * median:
+        if len(ratios) >= pairs or (len(ratios) >= least and high - low < spread * median):
             break
     return float(median), float(low), float(high)

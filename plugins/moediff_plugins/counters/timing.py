@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from moediff.errors import CountError
+from moediff_plugins.clock import seconds
 from moediff_plugins.counters.inputs import example
 
 LEAST = 2e-3
@@ -73,21 +73,20 @@ def fastest(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: in
     Whatever else the machine does can only add to a time, as `timeit` says.
     """
 
-    def seconds(call: Callable[[], Any], repeats: int) -> float:
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        _wait(device)
-        return (time.perf_counter() - started) / repeats
+    def one(call: Callable[[], Any], repeats: int) -> float:
+        def repeated() -> None:
+            for _ in range(repeats):
+                call()
+
+        return seconds(repeated, device) / repeats
 
     for call in calls:  # the first calls allocate
         call()
-    repeats = [max(1, round(LEAST / max(seconds(call, 1), 1e-7))) for call in calls]
+    repeats = [max(1, round(LEAST / max(one(call, 1), 1e-7))) for call in calls]
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, count, times in zip(calls, repeats, found, strict=True):
-            times.append(seconds(call, count))
+            times.append(one(call, count))
     return [1e3 * min(times) for times in found]
 
 
@@ -104,8 +103,3 @@ def device_name(device: torch.device) -> str:
             name = line.partition(":")[2].strip()
             break
     return f"{name} x{torch.get_num_threads()}"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

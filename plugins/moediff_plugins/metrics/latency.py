@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
-from collections.abc import Callable
 
 import attrs
 import torch
@@ -16,6 +15,7 @@ from moediff.sampling import fit
 from moediff.subject import Subject
 from moediff.task import Task
 from moediff.workdir import Run
+from moediff_plugins.clock import paired_ratios
 
 
 @attrs.frozen
@@ -40,35 +40,13 @@ class Latency:
         conditioning, _ = task.prompts(self.batch, device)
         timesteps = run.sampling.prepare(subject.scheduler, device).timesteps
 
-        def seconds(model: nn.Module) -> float:
+        def calls(model: nn.Module) -> None:
             rows, words = fit(model, sample, conditioning)
-            started = _clock(device)
             for timestep in timesteps:
                 model(rows, timestep, **words)
-            return _clock(device) - started
 
         with torch.inference_mode():
-            ratios = _paired_ratios(
-                lambda: seconds(denoiser), lambda: seconds(subject.denoiser), self.pairs
-            )
+            timed = paired_ratios(lambda: calls(denoiser), lambda: calls(subject.denoiser), device)
+            ratios = list(itertools.islice(timed, self.pairs))
         low, middle, high = statistics.quantiles(ratios, n=4)
         return Measurement("latency", middle, "x base", self.pairs, high - low)
-
-
-def _paired_ratios(ours: Callable[[], float], base: Callable[[], float], pairs: int) -> list[float]:
-    ours(), base()  # the first calls allocate
-    ratios = []
-    for pair in range(pairs):
-        if pair % 2:
-            second = base()
-            ratios.append(ours() / second)
-        else:
-            first = ours()
-            ratios.append(first / base())
-    return ratios
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
