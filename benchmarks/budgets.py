@@ -40,7 +40,7 @@ from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe, Scores
 from moediff.roles import Scorer
 from moediff.storage import read_packed
-from moediff_plugins import report
+from moediff_plugins import page, plots
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.scorers.diff_pruning import DiffPruning
@@ -116,10 +116,10 @@ def curves(figures: Figures, shares: Sequence[float]) -> Figure:
     return figure
 
 
-def intervals_of(on: Setting) -> report.Figure:
+def intervals_of(on: Setting) -> page.Figure:
     """The alignment of the timesteps, from the first seed of the row at half of the MACs."""
     records, _ = read_packed(_folder(on, HALF) / "records.safetensors")
-    return report.alignment_plot(
+    return plots.alignment_plot(
         "Alignment",
         "",
         records["intervals/similarity"],
@@ -130,9 +130,9 @@ def intervals_of(on: Setting) -> report.Figure:
     )
 
 
-def experts_of(on: Setting, share: float) -> report.Figure:
+def experts_of(on: Setting, share: float) -> page.Figure:
     """What the experts of a budget keep, from the first seed."""
-    return report.plan_plot(OURS.format(share), "", on.subject.anatomy, _plan(on, share))
+    return plots.plan_plot(OURS.format(share), "", on.subject.anatomy, _plan(on, share))
 
 
 def _plan(on: Setting, share: float) -> Plan:

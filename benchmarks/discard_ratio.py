@@ -16,7 +16,7 @@ from benchmarks.rows import Figures, Row, collect, metric_run, slug, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from moediff import Budget, ExpertMixture
-from moediff_plugins import report
+from moediff_plugins import page, plots
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.features import generate_images
 
@@ -60,7 +60,7 @@ def plot(figures: Figures) -> Figure:
     return figure
 
 
-def samples(on: Setting) -> report.Figure:
+def samples(on: Setting) -> page.Figure:
     """Images of the first seed's models from the same noise (Figure 7)."""
     models: dict[str, Any] = {"base": on.subject.denoiser}
     for name in (BASE_TUNED, *(f"{ratio:.0%}" for ratio in RATIOS)):
@@ -71,7 +71,7 @@ def samples(on: Setting) -> report.Figure:
         name: generate_images(model, on.subject, on.reference, run, SHOWN, SHOWN).cpu()
         for name, model in models.items()
     }
-    return report.sample_grid("Samples", "", images)
+    return plots.sample_grid("Samples", "", images)
 
 
 def main() -> None:

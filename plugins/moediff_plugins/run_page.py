@@ -23,15 +23,8 @@ from moediff.storage import Tensors, read_packed
 from moediff.subject import Subject
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.counters.params import Params
-from moediff_plugins.report import (
-    Figure,
-    Table,
-    alignment_plot,
-    curves_plot,
-    plan_plot,
-    sample_grid,
-    write_page,
-)
+from moediff_plugins.page import Figure, Table, write_page
+from moediff_plugins.plots import alignment_plot, curves_plot, plan_plot, sample_grid
 
 
 def write_run_page(folder: str | Path, samples: int = 16) -> Path:
