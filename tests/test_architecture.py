@@ -35,6 +35,7 @@ ORDER = (
     "artefact",
     "mixture",
     "recipe",
+    "recipefile",
     "given",
     "stages",
     "engine",

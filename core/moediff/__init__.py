@@ -16,7 +16,8 @@ from moediff.hookspecs import hookimpl
 from moediff.masking import masked
 from moediff.mixture import ExpertMixture
 from moediff.plan import Blueprint, Plan
-from moediff.recipe import Recipe, load_recipe
+from moediff.recipe import Recipe
+from moediff.recipefile import load_recipe
 from moediff.registry import Registry, installed
 from moediff.roles import Measurement
 from moediff.sampling import Sampling, generate

@@ -13,7 +13,7 @@ from typing import Any
 from moediff.engine import build_experts
 from moediff.errors import MoediffError, OptionError, WorkdirError
 from moediff.modelfile import load_meta, load_model
-from moediff.recipe import load_recipe
+from moediff.recipefile import load_recipe
 from moediff.registry import HOOKS, installed
 from moediff.task import Task
 

@@ -20,7 +20,7 @@ import moediff
 from moediff.anatomy import Anatomy
 from moediff.denoising import denoising_loss
 from moediff.errors import ArtefactError, DataError, MoediffError, OptionError, UnknownNameError
-from moediff.recipe import recipe_from_tables
+from moediff.recipefile import recipe_from_tables
 from moediff.sampling import Sampling, generate, initial_noise, predict
 from moediff.workdir import Run
 from moediff_plugins.tuners.distill import Distill
