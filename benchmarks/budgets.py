@@ -40,9 +40,9 @@ from benchmarks.torch_pruning_baseline import pruned_row
 from moediff import Plan, Recipe, Scores
 from moediff.roles import Scorer
 from moediff.storage import read_packed
-from moediff_plugins import page, plots
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.one_hot import OneHot
+from moediff_plugins.reports import document, plots
 from moediff_plugins.scorers.diff_pruning import DiffPruning
 from moediff_plugins.scorers.taylor import Taylor
 
@@ -116,7 +116,7 @@ def curves(figures: Figures, shares: Sequence[float]) -> Figure:
     return figure
 
 
-def intervals_of(on: Setting) -> page.Figure:
+def intervals_of(on: Setting) -> document.Figure:
     """The alignment of the timesteps, from the first seed of the row at half of the MACs."""
     records, _ = read_packed(_folder(on, HALF) / "records.safetensors")
     return plots.alignment_plot(
@@ -130,7 +130,7 @@ def intervals_of(on: Setting) -> page.Figure:
     )
 
 
-def experts_of(on: Setting, share: float) -> page.Figure:
+def experts_of(on: Setting, share: float) -> document.Figure:
     """What the experts of a budget keep, from the first seed."""
     return plots.plan_plot(OURS.format(share), "", on.subject.anatomy, _plan(on, share))
 

@@ -16,9 +16,9 @@ from benchmarks.rows import Figures, Row, collect, metric_run, slug, trained
 from benchmarks.settings import Setting, load, parse_args
 from benchmarks.tables import describe, distances, summarise, write_picture, write_plot, write_table
 from moediff import Budget, ExpertMixture
-from moediff_plugins import page, plots
 from moediff_plugins.counters.params import Params
 from moediff_plugins.metrics.features import generate_images
+from moediff_plugins.reports import document, plots
 
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -60,7 +60,7 @@ def plot(figures: Figures) -> Figure:
     return figure
 
 
-def samples(on: Setting) -> page.Figure:
+def samples(on: Setting) -> document.Figure:
     """Images of the first seed's models from the same noise (Figure 7)."""
     models: dict[str, Any] = {"base": on.subject.denoiser}
     for name in (BASE_TUNED, *(f"{ratio:.0%}" for ratio in RATIOS)):

@@ -21,7 +21,7 @@ from scipy import stats
 from benchmarks.rows import Figures
 from benchmarks.settings import Setting
 from moediff.storage import write_atomic
-from moediff_plugins import page
+from moediff_plugins.reports import document
 
 
 def distances(figures: Figures) -> list[str]:
@@ -125,7 +125,7 @@ def write_plot(name: str, figure: Figure, on: Setting) -> None:
     write_atomic(path, lambda target: figure.savefig(target, format="png", dpi=110))
 
 
-def write_picture(name: str, figure: page.Figure, on: Setting) -> None:
+def write_picture(name: str, figure: document.Figure, on: Setting) -> None:
     """Write a figure of a page beside its table."""
     path = on.options.results / f"{name}-{on.name}.png"
     write_atomic(path, lambda target: target.write_bytes(base64.b64decode(figure.png)))

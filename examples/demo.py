@@ -27,8 +27,8 @@ from moediff_plugins.gates.era import ERA
 from moediff_plugins.metrics.features import generate_images
 from moediff_plugins.metrics.frechet import Frechet
 from moediff_plugins.metrics.latency import Latency
-from moediff_plugins.page import Table, write_page
-from moediff_plugins.plots import alignment_plot, plan_plot, sample_grid
+from moediff_plugins.reports.document import Table, write_page
+from moediff_plugins.reports.plots import alignment_plot, plan_plot, sample_grid
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.tuners.distill import Distill
 from moediff_plugins.tuners.elastic import Elastic

@@ -71,6 +71,7 @@ VERBS = {
     "prune",
     "recover",
     "score",
+    "write",
 }
 
 MODULES = sorted(CORE.rglob("*.py"))
@@ -168,7 +169,8 @@ def test_one_strategy_per_file_and_no_inheritance(file: Path) -> None:
 def test_strategies_are_found_where_there_are_any() -> None:
     wings = {file.parent.name for file in STRATEGIES if defines_strategy(file)}
     assert wings == {
-        "anatomies", "clusterers", "counters", "gates", "metrics", "pruners", "scorers", "tuners",
+        "anatomies", "clusterers", "counters", "gates", "metrics", "pruners", "reports", "scorers",
+        "tuners",
     }  # fmt: skip
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -32,7 +34,7 @@ from moediff import (
     Subject,
     Task,
 )
-from moediff.errors import UnknownNameError
+from moediff.errors import UnknownNameError, WorkdirError
 from moediff.testing import (
     ConformanceError,
     check_anatomy,
@@ -43,6 +45,7 @@ from moediff.testing import (
     check_metric,
     check_mixture_tuner,
     check_pruner,
+    check_report,
     check_scorer,
     check_strategy,
     tiny_subject,
@@ -721,8 +724,6 @@ class Measuring:
             case "number":
                 return value
             case "clock":
-                import time
-
                 value += time.perf_counter()
         return Measurement("mean", value, "", 2)
 
@@ -806,6 +807,54 @@ def test_a_good_anatomy_passes() -> None:
     check_anatomy(Describing(), tiny_unet())
 
 
+# Reports
+
+
+@attrs.frozen
+class Reporting:
+    """A report of a line, which can be spoilt."""
+
+    spoil: str = ""
+
+    def write(self, folder: Path) -> Path:
+        plan, path = folder / "plan.json", folder / "report.txt"
+        if self.spoil == "leaving":
+            path.touch()
+        if self.spoil != "anything" and not plan.is_file():
+            raise WorkdirError(f"{folder}: holds no finished run.")
+        match self.spoil:
+            case "elsewhere":
+                path = folder.parent / "report.txt"
+            case "altering":
+                plan.write_text("{}")
+            case "clock":
+                path.write_text(str(time.perf_counter()))
+                return path
+            case "seed":
+                random.seed(0)
+        path.write_text("a line")
+        return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("elsewhere", "writes into the run's folder"),
+        ("altering", "leaves what the run wrote alone"),
+        ("clock", "the same seed gives the same result"),
+        ("seed", "leaves random's global state as found"),
+        ("anything", "refuses a folder without a finished run"),
+        ("leaving", "leaves nothing where it refused"),
+    ],
+)
+def test_wrong_reports_are_caught(spoil: str, message: str) -> None:
+    caught(check_report, Reporting(spoil), message)
+
+
+def test_a_good_report_passes() -> None:
+    check_report(Reporting())
+
+
 # The dispatcher
 
 
@@ -835,4 +884,4 @@ def test_the_kit_needs_no_test_framework() -> None:
         "import moediff.testing; print(len(moediff.testing.CHECKS))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "8", done.stderr
+    assert done.stdout.strip() == "9", done.stderr

@@ -1,4 +1,4 @@
-"""The command line: `moediff plugins`, `moediff run`, `moediff count`."""
+"""The command line: `moediff plugins`, `moediff run`, `moediff report`, `moediff count`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", help="where to train, such as cuda")
     run.add_argument("--quiet", action="store_true", help="draw no progress bars")
     run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="show what a finished run has found")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("--kind", default="page", help="which of the installed reports")
+    report.set_defaults(command=_report)
 
     count = commands.add_parser("count", help="params and MACs of a model, on meta")
     count.add_argument("model", type=Path, metavar="MODEL", help="a folder or a config.json")
@@ -111,6 +116,11 @@ def _task(table: dict[str, Any], denoiser: Any) -> Task:
         table["path"], table.get("size", size), table.get("null_label"), channels
     )
     return task.subset(table["classes"]) if "classes" in table else task
+
+
+def _report(options: argparse.Namespace) -> None:
+    report = installed().create("reports", options.kind, {})
+    print(f"wrote {report.write(options.folder)}")
 
 
 def _count(options: argparse.Namespace) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pluggy
 
-hookspec = pluggy.HookspecMarker("moediff")
-hookimpl = pluggy.HookimplMarker("moediff")
+hookspec, hookimpl = pluggy.HookspecMarker("moediff"), pluggy.HookimplMarker("moediff")
 
 
 @hookspec
@@ -49,6 +48,11 @@ def metrics() -> Mapping[str, type]:  # type: ignore[empty-body]
 @hookspec
 def anatomies() -> Mapping[str, type]:  # type: ignore[empty-body]
     """Strategies that know the layers and units of a class of denoisers."""
+
+
+@hookspec
+def reports() -> Mapping[str, type]:  # type: ignore[empty-body]
+    """Strategies that show what there is to know about a finished run."""
 
 
 @hookspec

@@ -9,6 +9,7 @@ refused when it is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
@@ -142,6 +143,18 @@ class AnatomyProvider(Protocol):
         """
 
 
+@runtime_checkable
+class Report(Protocol):
+    """Shows what there is to know about a finished run."""
+
+    def write(self, folder: Path) -> Path:
+        """Write a report into the folder of a finished run, and return its path.
+
+        Raises:
+            WorkdirError: the folder holds no finished run.
+        """
+
+
 ROLES: dict[str, tuple[type[Any], ...]] = {
     "scorers": (Scorer,),
     "clusterers": (Clusterer,),
@@ -151,5 +164,6 @@ ROLES: dict[str, tuple[type[Any], ...]] = {
     "tuners": (ExpertTuner, MixtureTuner),
     "metrics": (Metric,),
     "anatomies": (AnatomyProvider,),
+    "reports": (Report,),
 }
 """Hook name -> the protocols that a class of that role may fulfil."""

@@ -26,6 +26,7 @@ from moediff_plugins.metrics.memory import Memory
 from moediff_plugins.pruners.mid_layer import MidLayer
 from moediff_plugins.pruners.structural import Structural
 from moediff_plugins.recipes import RECIPES
+from moediff_plugins.reports.page import Page
 from moediff_plugins.scorers.ablation_l1 import AblationL1
 from moediff_plugins.scorers.ablation_l1_sketch import AblationL1Sketch
 from moediff_plugins.scorers.diff_pruning import DiffPruning
@@ -111,6 +112,12 @@ def metrics() -> Mapping[str, type]:
 def anatomies() -> Mapping[str, type]:
     """Models whose insides are known."""
     return {"unet2d": UNet2D}
+
+
+@hookimpl
+def reports() -> Mapping[str, type]:
+    """What a finished run has to show."""
+    return {"page": Page}
 
 
 @hookimpl

@@ -31,7 +31,7 @@ from moediff_plugins.clusterers.cuts import (
 )
 from moediff_plugins.clusterers.loss_similarity import LossSimilarity
 from moediff_plugins.clusterers.uniform import Uniform
-from moediff_plugins.plots import alignment_plot
+from moediff_plugins.reports.plots import alignment_plot
 from tests.conftest import tiny_task
 
 QUICK = Alignment(stride=125, images=6, batch=4)

@@ -10,6 +10,7 @@ from moediff.testing.building import check_counter, check_pruner
 from moediff.testing.checks import CHECKS, check_strategy
 from moediff.testing.planning import check_clusterer, check_gate, check_scorer
 from moediff.testing.promises import ConformanceError, check_value, untouched
+from moediff.testing.reporting import check_report
 from moediff.testing.tiny import tiny_run, tiny_subject, tiny_task, tiny_unet
 from moediff.testing.training import check_expert_tuner, check_metric, check_mixture_tuner
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_metric",
     "check_mixture_tuner",
     "check_pruner",
+    "check_report",
     "check_scorer",
     "check_strategy",
     "check_value",

@@ -15,6 +15,7 @@ from moediff.roles import (
     Metric,
     MixtureTuner,
     Pruner,
+    Report,
     Scorer,
 )
 from moediff.testing import tiny
@@ -24,6 +25,7 @@ from moediff.testing.planning import check_clusterer, check_gate, check_scorer
 from moediff.testing.promises import (
     check_value,
 )
+from moediff.testing.reporting import check_report
 from moediff.testing.training import check_expert_tuner, check_metric, check_mixture_tuner
 
 CHECKS: dict[str, tuple[tuple[type, Callable[..., None]], ...]] = {
@@ -35,6 +37,7 @@ CHECKS: dict[str, tuple[tuple[type, Callable[..., None]], ...]] = {
     "tuners": ((ExpertTuner, check_expert_tuner), (MixtureTuner, check_mixture_tuner)),
     "metrics": ((Metric, check_metric),),
     "anatomies": ((AnatomyProvider, check_anatomy),),
+    "reports": ((Report, check_report),),
 }
 """Hook name -> the protocols of its role, each with its check."""
 

@@ -1,45 +1,66 @@
-"""The page of one run: what was built, how it was found, and what that took.
-
-python -m moediff_plugins.run_page DIR
-"""
+"""The page of one run: what was built, how it was found, and what that took."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
+from attrs.validators import ge, instance_of
 
 from moediff.artefact import base_shapes
-from moediff.errors import MoediffError, WorkdirError
+from moediff.errors import WorkdirError
 from moediff.mixture import ExpertMixture
 from moediff.registry import installed
 from moediff.sampling import Sampling, generate, initial_noise
 from moediff.storage import Tensors, read_packed
 from moediff.subject import Subject
-from moediff_plugins.counters.macs import MACs
-from moediff_plugins.counters.params import Params
-from moediff_plugins.page import Figure, Table, write_page
-from moediff_plugins.plots import alignment_plot, curves_plot, plan_plot, sample_grid
+from moediff_plugins.reports.document import Figure, Table, write_page
+from moediff_plugins.reports.plots import alignment_plot, curves_plot, plan_plot, sample_grid
 
 
-def write_run_page(folder: str | Path, samples: int = 16) -> Path:
-    """Write `report.html` into the folder of a finished run.
+@attrs.frozen
+class Page:
+    """One HTML page that loads nothing from elsewhere: `report.html` in the run's folder.
 
-    Args:
-        folder: the `workdir` of `build_experts`, or `--out` of `moediff run`.
+    It has the recipe, what each expert and the whole cost, what every stage took, samples, the
+    matrix that the intervals were cut from, what the experts keep, and curves of the training.
+    It needs matplotlib and jinja2, the extra `report`.
+
+    Attributes:
         samples: how many images to show, from the run's sampling without guidance; of a
             class-conditional model the task's classes in turn.
-
-    Raises:
-        WorkdirError: the folder holds no finished run.
-        OptionError: matplotlib or jinja2 is not installed.
     """
-    folder = Path(folder)
+
+    samples: int = attrs.field(default=16, validator=[instance_of(int), ge(0)])
+
+    def write(self, folder: Path) -> Path:
+        about, ledger, data, records = _read(folder)
+        mixture = ExpertMixture.from_pretrained(folder / "mixture")
+        base = base_shapes(data, installed())
+        recipe, figures = about["recipe"], []
+        sampling = Sampling(**recipe["sampling"])
+        if self.samples:
+            figures.append(_samples(mixture, base, sampling, self.samples, about.get("classes")))
+        if "intervals/similarity" in records:
+            figures.append(_alignment(records, mixture))
+        note = "Share of the units of every width; a cross is a dropped layer."
+        figures.append(plan_plot("What the experts keep", note, base.anatomy, mixture.plan))
+        curves = {name: values for name, values in records.items() if _is_curve(name, values)}
+        if curves:
+            note = "Losses, and of a gate that learns masks its cost (share of the base's) and R."
+            figures.append(curves_plot("Training", note, curves))
+        path, title = folder / "report.html", f"moediff run: {folder.resolve().name}"
+        tables = [_experts(mixture, base, sampling), _ledger(ledger)]
+        write_page(path, title, _words(recipe, records), tables, figures)
+        return path
+
+
+def _read(folder: Path) -> tuple[Any, Any, Any, Tensors]:
+    """What a run has left: its identity, ledger, the mixture's data, and the records."""
     try:
         about, ledger, data = (
             json.loads((folder / name).read_text(encoding="utf-8"))
@@ -51,24 +72,7 @@ def write_run_page(folder: str | Path, samples: int = 16) -> Path:
             f"{folder}: holds no finished run ({error}). Give the folder of a run that has ended, "
             "or go on with it first."
         ) from error
-    mixture = ExpertMixture.from_pretrained(folder / "mixture")
-    base = base_shapes(data, installed())
-    recipe, figures = about["recipe"], []
-    sampling = Sampling(**recipe["sampling"])
-    if samples:
-        figures.append(_samples(mixture, base, sampling, samples, about.get("classes")))
-    if "intervals/similarity" in records:
-        figures.append(_alignment(records, mixture))
-    note = "Share of the units of every width; a cross is a dropped layer."
-    figures.append(plan_plot("What the experts keep", note, base.anatomy, mixture.plan))
-    curves = {name: values for name, values in records.items() if _is_curve(name, values)}
-    if curves:
-        note = "Losses, and of a gate that learns masks its cost (share of the base's) and R."
-        figures.append(curves_plot("Training", note, curves))
-    path, title = folder / "report.html", f"moediff run: {folder.resolve().name}"
-    tables = [_experts(mixture, base, sampling), _ledger(ledger)]
-    write_page(path, title, _words(recipe, records), tables, figures)
-    return path
+    return about, ledger, data, records
 
 
 def _words(recipe: Mapping[str, Any], records: Tensors) -> str:
@@ -89,7 +93,9 @@ def _words(recipe: Mapping[str, Any], records: Tensors) -> str:
 def _experts(mixture: ExpertMixture, base: Subject, sampling: Sampling) -> Table:
     """What each expert costs, and the whole."""
     plan, layers = mixture.plan, len(base.anatomy.layers)
-    params, macs = Params().price(base), MACs().price(base)
+    params, macs = (
+        installed().create("counters", name, {}).price(base) for name in ("params", "macs")
+    )
     calls = sampling.calls(base.scheduler, plan.intervals)
     masks = plan.masks(base.anatomy)
     each = zip(
@@ -168,21 +174,3 @@ def _is_curve(name: str, values: torch.Tensor) -> bool:
     last = name.split("/")[-1]
     learned = name in ("plan/cost", "plan/penalty")
     return values.ndim == 1 and len(values) > 1 and (learned or last.startswith("loss-"))
-
-
-def main() -> int:
-    """Write the page of the folder that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of a finished run")
-    parser.add_argument("--samples", type=int, default=16, help="images to show, 0 for none")
-    options = parser.parse_args()
-    try:
-        print(f"wrote {write_run_page(options.folder, options.samples)}")
-    except MoediffError as error:
-        print(f"run_page: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,13 +11,13 @@ from diffusers import DDPMScheduler
 
 import moediff
 from moediff import Budget, Sampling
-from moediff.errors import WorkdirError
+from moediff.cli import main
 from moediff_plugins.clusterers.alignment import Alignment
 from moediff_plugins.clusterers.loss_similarity import LossSimilarity
 from moediff_plugins.clusterers.uniform import Uniform
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.era import ERA
-from moediff_plugins.run_page import main, write_run_page
+from moediff_plugins.reports.page import Page
 from moediff_plugins.tuners.elastic import Elastic
 from moediff_plugins.tuners.finetune import Finetune
 from tests.conftest import tiny_task, tiny_unet
@@ -51,7 +51,7 @@ def test_the_page_has_the_run_s_own_figures(tmp_path: Path) -> None:
         clusterer=Alignment(stride=250, images=4, batch=2),
         prepare=Elastic(2, 2, subnets=0, **SMALL),
     )
-    page = write_run_page(tmp_path, samples=3).read_text(encoding="utf-8")
+    page = Page(samples=3).write(tmp_path).read_text(encoding="utf-8")
     found = {row[0]: row for row in cells(page) if row}
     low, high = mixture.intervals[1]
     assert found["expert 1"][1] == f"{low} to {high - 1}"
@@ -79,23 +79,32 @@ def test_samples_are_of_the_task_s_classes(tmp_path: Path) -> None:
     labels = task.conditioning["class_labels"][rows]
     some = moediff.Task(task.samples[rows], {"class_labels": labels})
     moediff.build_experts(tiny_unet(num_class_embeds=4), DDPMScheduler(), some, recipe, tmp_path)
-    page = write_run_page(tmp_path, samples=4).read_text(encoding="utf-8")
+    page = Page(samples=4).write(tmp_path).read_text(encoding="utf-8")
     assert "The task&#39;s classes in turn: 1, 3." in page
     assert "Similarity of timesteps&#39; losses" in page
 
 
 def test_a_page_shows_only_what_there_is(tmp_path: Path) -> None:
     built(tmp_path, recover=None)
-    titles = re.findall(r"<h2>(.*?)</h2>", write_run_page(tmp_path, 0).read_text(encoding="utf-8"))
+    page = Page(samples=0).write(tmp_path).read_text(encoding="utf-8")
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == ["What it took", "What the experts keep", "Training"]
 
 
 def test_a_folder_without_a_finished_run_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(WorkdirError, match="holds no finished run"):
-        write_run_page(tmp_path)
-    monkeypatch.setattr("sys.argv", ["run_page", str(tmp_path)])
-    assert main() == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_writes_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built(tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'report.html'}\n"
+    assert "<h2>Samples</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path), "--kind", "pages"]) == 2
+    assert "Did you mean 'page'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from moediff.anatomy import Anatomy
 from moediff.errors import OptionError
 from moediff.plan import Plan
 from moediff.timesteps import Intervals
-from moediff_plugins.page import INSTALL, Figure
+from moediff_plugins.reports.document import INSTALL, Figure
 
 
 def _canvas(width: float, height: float) -> Any:
