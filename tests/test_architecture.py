@@ -180,7 +180,7 @@ ELSEWHERE = {
     "hookspecs": "test_registry.py",
     "modelfile": "tests/test_cli.py",
     "roles": "test_registry.py and test_recipe.py",
-    "testing": "tests/test_testing.py",
+    "testing": "tests/testing",
 }
 """Core modules without a test file of their own name, and where they are tested."""
 
