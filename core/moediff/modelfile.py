@@ -12,6 +12,7 @@ from torch import nn
 
 from moediff.errors import OptionError
 from moediff.sampling import trains
+from moediff.storage import settings
 
 
 def load_model(path: str | Path) -> tuple[Any, Any]:
@@ -41,7 +42,7 @@ def load_model(path: str | Path) -> tuple[Any, Any]:
             ) from error
     scheduler = found["scheduler"]
     if not trains(scheduler):
-        scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
+        scheduler = diffusers.DDPMScheduler.from_config(settings(scheduler.config))
     return found["unet"].float().eval(), scheduler
 
 

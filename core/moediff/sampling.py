@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moediff.errors import OptionError, UnknownNameError, did_you_mean
+from moediff.storage import settings
 from moediff.timesteps import Intervals
 
 Conditioning = Mapping[str, torch.Tensor]
@@ -90,7 +91,9 @@ class Sampling:
             )
         learned = str(base.config.get("variance_type")).startswith("learned")
         changes = {"variance_type": "fixed_small"} if learned else {}
-        scheduler = cls.from_config({**base.config, **changes})
+        # Without diffusers' bookkeeping, which lets a value that the base's class has by default
+        # give way to the default of the sampling's class, its noise schedule too.
+        scheduler = cls.from_config({**settings(base.config), **changes})
         total = scheduler.config.num_train_timesteps
         if self.steps > total:
             raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,3 +215,15 @@ def test_a_denoiser_is_called_in_its_own_floats(dtype: torch.dtype) -> None:
         found = predict(net.to(dtype), sample, torch.tensor([3, 700]), words)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "euler", "heun", "pndm"])
+def test_a_scheduler_made_here_samples_as_one_that_was_stored(name: str, tmp_path: Path) -> None:
+    made = DDPMScheduler()
+    made.save_pretrained(tmp_path)
+    stored = DDPMScheduler.from_pretrained(tmp_path)
+    ours, theirs = (Sampling(name, 5).prepare(base) for base in (made, stored))
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    for scheduler in (ours, theirs):
+        assert scheduler.config.beta_end == made.config.beta_end
+        assert torch.allclose(scheduler.alphas_cumprod, made.alphas_cumprod)
