@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,11 @@ steps = 4
 def recipe(tmp_path: Path) -> Path:
     """A recipe file beside a saved pipeline and data."""
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    schedule = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config = json.loads(schedule.read_text())  # old ones lack what diffusers has learned since
+    for name in ("clip_sample_range", "rescale_betas_zero_snr", "steps_offset", "thresholding"):
+        del config[name]
+    schedule.write_text(json.dumps(config))
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images)
     path = tmp_path / "recipe.toml"
@@ -92,6 +98,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_bit_equal(recipe: Path, tmp_path
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
     assert not list(killed.glob("**/*.checkpoint")) + list(killed.glob("**/*.partial"))
+    before = {file.name for file in (killed / "stages").iterdir()}
+    subprocess.run(command(killed, "--resume"), check=True)  # finds every stage again
+    assert {file.name for file in (killed / "stages").iterdir()} == before
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -192,6 +201,28 @@ def test_a_device_that_is_not_there_is_one_line(recipe, tmp_path, capsys, device
         capsys, "run", recipe, "--out", out, "--quiet", "--device", device
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("size = 8", 'size = "8"', r"task.size: got '8'; allowed is an integer"),
+        ("size = 8", "classes = 3", "task.classes: got 3; allowed is a list of integers"),
+        ("size = 8", 'classes = ["a"]', r"task.classes: got \['a'\]"),
+        ("size = 8", 'null_label = "a"', "task.null_label: got 'a'"),
+        ("size = 8", "size = true", "task.size: got True"),
+        ('path = "', 'path = 3 # "', "path: got 3; allowed is a string"),
+    ],
+)
+def test_values_of_another_type_are_one_line(recipe, tmp_path, capsys, old, new, says):
+    recipe.write_text(recipe.read_text().replace(old, new))
+    assert re.search(says, refused(capsys, "run", recipe, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_s_name_is_no_recipe_file(tmp_path, capsys):
+    says = refused(capsys, "run", "moedm", "--out", tmp_path / "out")
+    assert 'Write one with base = "moedm"' in says
 
 
 def test_a_model_that_is_no_denoiser_is_refused(recipe, tmp_path, capsys):

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,17 @@ from moediff.modelfile import load_meta, load_model
 from moediff.recipefile import load_recipe
 from moediff.registry import HOOKS, installed
 from moediff.task import Task
+
+MODEL = {"path": "a string"}
+TASK = {
+    "path": "a string",
+    "size": "an integer",
+    "classes": "a list of integers",
+    "null_label": "an integer",
+}
+"""The keys of a recipe file's tables that are not the recipe's, and what they hold."""
+
+KINDS = {str: "a string", int: "an integer"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,10 +88,15 @@ def _plugins(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.recipe.suffix != ".toml":
+        raise OptionError(
+            f"recipe: got {options.recipe}; allowed is a .toml file, which names the model and the "
+            f'task as well. Write one with base = "{options.recipe}".'
+        )
     recipe = load_recipe(options.recipe)
     about = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
-    denoiser, scheduler = load_model(_table(about, "model", {"path"})["path"])
-    task = _task(_table(about, "task", {"path", "size", "classes", "null_label"}), denoiser)
+    denoiser, scheduler = load_model(_table(about, "model", MODEL)["path"])
+    task = _task(_table(about, "task", TASK), denoiser)
     started = (options.out / "run.json").exists()
     if started and not options.resume:
         raise WorkdirError(
@@ -100,13 +116,18 @@ def _run(options: argparse.Namespace) -> None:
     print(f"wrote {options.out / 'mixture'}")
 
 
-def _table(about: dict[str, Any], name: str, allowed: set[str]) -> dict[str, Any]:
+def _table(about: dict[str, Any], name: str, allowed: Mapping[str, str]) -> dict[str, Any]:
     table = about.get(name)
-    if not isinstance(table, dict) or "path" not in table or set(table) - allowed:
+    if not isinstance(table, dict) or "path" not in table or not set(table) <= set(allowed):
         raise OptionError(
             f"{name}: got {table!r}; the recipe file needs a table [{name}] with `path`, and of "
-            f"other keys only {', '.join(sorted(allowed - {'path'})) or 'none'}."
+            f"other keys only {', '.join(sorted(set(allowed) - {'path'})) or 'none'}."
         )
+    for key, value in table.items():
+        numbers = isinstance(value, list) and all(type(number) is int for number in value)
+        kind = "a list of integers" if numbers else KINDS.get(type(value), type(value).__name__)
+        if kind != allowed[key]:
+            raise OptionError(f"{name}.{key}: got {value!r}; allowed is {allowed[key]}.")
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moediff.mixture import ExpertMixture
 from moediff.recipe import Recipe
 from moediff.registry import Registry, installed
 from moediff.stages import Stages
-from moediff.storage import fingerprint, write_json, write_packed
+from moediff.storage import fingerprint, settings, write_json, write_packed
 from moediff.subject import Subject, preserved
 from moediff.task import Task
 from moediff.workdir import Run, claim
@@ -67,7 +68,9 @@ def build_experts(
     run = _open(subject, task, recipe, workdir, cache, given, verbose, registry)
     stages = Stages(recipe, task, given, run, registry)
 
-    with preserved(denoiser):
+    with ExitStack() as stack:
+        for expert in (subject, *given.get("experts", ())):
+            stack.enter_context(preserved(expert.denoiser))
         intervals = stages.cluster(subject)
         experts: Sequence[Subject] = subject.split(intervals)
         rank = stages.rank(intervals)
@@ -104,6 +107,9 @@ def _open(
         identity = {
             "recipe": recipe.to_tables(registry),
             "denoiser": fingerprint(subject.denoiser),
+            "scheduler": fingerprint(
+                type(subject.scheduler).__name__, settings(subject.scheduler.config)
+            ),
             "task": fingerprint(task),
             "classes": task.classes,
             "given": identify(given),

@@ -7,10 +7,20 @@ from typing import Any
 
 from moediff.errors import OptionError, UnknownNameError, did_you_mean
 from moediff.mixture import ExpertMixture
+from moediff.plan import Plan
+from moediff.space import Scores
 from moediff.storage import fingerprint
 from moediff.subject import Subject
+from moediff.timesteps import Intervals
 
-STAGES = ("intervals", "scores", "experts", "plan", "mixture")
+STAGES: dict[str, type] = {
+    "intervals": Intervals,
+    "scores": Scores,
+    "experts": Subject,  # one per interval
+    "plan": Plan,
+    "mixture": ExpertMixture,
+}
+"""Stage -> what its result is."""
 
 
 def check_given(given: Mapping[str, Any], subject: Subject, experts: int) -> None:
@@ -23,11 +33,20 @@ def check_given(given: Mapping[str, Any], subject: Subject, experts: int) -> Non
 
     Raises:
         UnknownNameError: no such stage.
-        OptionError: cuts differ, or numbers of experts or units do.
+        OptionError: a result is of another type, cuts differ, or numbers of experts or units do.
     """
-    for name in given:
+    for name, value in given.items():
         if name not in STAGES:
             raise UnknownNameError(f"given: unknown stage {name!r}.{did_you_mean(name, STAGES)}")
+        several = name == "experts"
+        parts = value if several and isinstance(value, Sequence) else [value]
+        fits = all(isinstance(part, STAGES[name]) for part in parts)
+        if not fits or several != isinstance(value, Sequence):
+            raise OptionError(
+                f"given: got a {type(value).__name__} as {name}; allowed is "
+                f"{'a sequence of ' if several else ''}{STAGES[name].__name__}. "
+                "`Plan.from_json` reads a stored plan, `Scores` and `Intervals` take plain values."
+            )
     cuts = {
         name: (given[name] if name == "intervals" else given[name].intervals).cuts
         for name in ("intervals", "plan", "mixture")
@@ -35,6 +54,8 @@ def check_given(given: Mapping[str, Any], subject: Subject, experts: int) -> Non
     }
     if len(set(cuts.values())) > 1:
         raise OptionError(f"given: the stages disagree about the cuts: {cuts}. Give equal ones.")
+    if "mixture" in given and given.get("plan", given["mixture"].plan) != given["mixture"].plan:
+        raise OptionError("given: the plan is not the mixture's. Leave the plan out.")
     count = len(next(iter(cuts.values()))) - 1 if cuts else experts
     if "experts" in given and len(given["experts"]) != count:
         raise OptionError(

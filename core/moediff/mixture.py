@@ -22,6 +22,7 @@ from moediff.storage import (
     Packed,
     Tensors,
     read_packed,
+    settings,
     write_json,
     write_packed,
 )
@@ -167,10 +168,13 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def pack(self) -> Packed:
         """Tensors, each shared one once, and JSON data; `unpack` is the way back."""
         tensors = distinct(self)
-        scheduler = {"class": self.scheduler_class, "config": plain(self.scheduler_config)}
+        scheduler = {
+            "class": self.scheduler_class,
+            "config": settings(plain(self.scheduler_config)),
+        }
         data = {
             "base_class": self.base_class,
-            "config": json.loads(self.to_json_string()),
+            "config": settings(json.loads(self.to_json_string())),
             "plan": self.plan.to_json(),
             "scheduler": scheduler,
             "tied": self.tied,

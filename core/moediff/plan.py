@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -80,7 +80,12 @@ class Blueprint:
         """What this blueprint says of one layer, to compare it between experts."""
         if name in self.drop:
             return ("dropped",)
-        return tuple(self.keep.get(width.name) for width in anatomy.layer(name).widths)
+        # A width that is named with all of its positions is kept whole, as one that is not named.
+        return tuple(
+            None if kept is None or len(kept) == width.count else kept
+            for width in anatomy.layer(name).widths
+            for kept in (self.keep.get(width.name),)
+        )
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise `PlanError` or `UnknownNameError` if this blueprint does not fit the anatomy."""
@@ -162,6 +167,26 @@ class Plan:
                     raise PlanError(
                         f"{layer.name}: experts that share copy {number} keep different units; "
                         "give them equal blueprints for this layer or copies of their own."
+                    )
+
+    def check_separate(self, anatomy: Anatomy, denoisers: Sequence[object]) -> None:
+        """Raise if experts with denoisers of their own share a layer: all but one would be lost.
+
+        Args:
+            anatomy: of the base model.
+            denoisers: N, equal objects where experts have not been trained apart.
+
+        Raises:
+            PlanError: they do.
+        """
+        for part in (REST, *(layer.name for layer in anatomy.layers)):
+            numbers, sources = self.copy_numbers(part), dict[int, object]()
+            for number, denoiser in zip(numbers, denoisers, strict=True):
+                if sources.setdefault(number, denoiser) is not denoiser:
+                    raise PlanError(
+                        f"copies[{part!r}]: got {numbers}, but experts of copy {number} have been "
+                        "trained apart, and all but one of them would be lost. Give each its own: "
+                        f"copies={{{REST!r}: {tuple(range(len(numbers)))}}}."
                     )
 
     def cost(self, prices: CostModel, sampling: Sampling) -> dict[str, float]:

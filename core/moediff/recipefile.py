@@ -23,7 +23,11 @@ def _component(registry: Registry, hook: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         options = dict(value)
         if "name" not in options:
-            raise OptionError(f"{hook.removesuffix('s')}: the table has no `name`.")
+            raise OptionError(
+                f"{hook.removesuffix('s')}: got the table {options} without a `name`; allowed are "
+                f"{', '.join(registry.names(hook))}. Name one, or start from a recipe that does: "
+                'base = "moedm".'
+            )
         return registry.create(hook, options.pop("name"), options)
     return value
 

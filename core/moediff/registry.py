@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import re
@@ -178,7 +179,9 @@ class Registry:
                 "the plugins of all but one."
             )
         total = int(scheduler.config.num_train_timesteps)
-        return Subject(denoiser, scheduler, known[fitting[0]].dissect(denoiser), (0, total))
+        # A copy, because adding noise moves a scheduler's tensors to the samples' device.
+        own = copy.deepcopy(scheduler)
+        return Subject(denoiser, own, known[fitting[0]].dissect(denoiser), (0, total))
 
 
 def _points() -> list[importlib.metadata.EntryPoint]:

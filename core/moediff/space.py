@@ -40,8 +40,8 @@ class Scores:
     def across(self, anatomy: Anatomy) -> torch.Tensor:
         """Values (U,) that compare across layers.
 
-        If they do not by themselves, each width is divided by its own sum, and the layers' own
-        units by the largest of them.
+        If they do not by themselves, each width is divided by the sum of its absolute values, and
+        the layers' own units by the largest of theirs.
         """
         values = self.values.double()
         if self.comparable:
@@ -49,8 +49,10 @@ class Scores:
         result = torch.zeros_like(values)
         for span in anatomy.spans.values():
             part = values[span]
-            result[span] = part / part.sum().clamp(min=torch.finfo(part.dtype).tiny)
-        peak = max((values[i].item() for i in anatomy.layer_units.values()), default=1.0) or 1.0
+            result[span] = part / part.abs().sum().clamp(min=torch.finfo(part.dtype).tiny)
+        peak = (
+            max((abs(values[i].item()) for i in anatomy.layer_units.values()), default=1.0) or 1.0
+        )
         for index in anatomy.layer_units.values():
             result[index] = values[index] / peak
         return result

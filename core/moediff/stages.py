@@ -71,9 +71,9 @@ class Stages:
         if idle:
             warnings.warn(
                 f"intervals: the recipe's sampling ({recipe.sampling.scheduler}, "
-                f"{recipe.sampling.steps} steps) never calls {', '.join(idle)}; there experts cost "
-                "nothing, and a budget of live cost leaves them whole. Sample in more steps, ask "
-                "for fewer experts, or cut elsewhere.",
+                f"{recipe.sampling.steps} steps) never calls {', '.join(idle)}. Experts there take "
+                "up memory, and a budget of live cost says nothing about them. Sample in more "
+                "steps, ask for fewer experts, or cut elsewhere.",
                 NoEffectWarning,
                 stacklevel=3,
             )
@@ -108,9 +108,20 @@ class Stages:
     def prepare(
         self, experts: Sequence[Subject], rank: Rank, intervals: Intervals
     ) -> Sequence[Subject]:
-        """Train the experts before they are cut, if the recipe does."""
+        """Train the experts before they are cut, if the recipe does.
+
+        Raises:
+            OptionError: experts were handed in, of other intervals.
+        """
         if "experts" in self.given:
-            return tuple(self.given["experts"])
+            handed: Sequence[Subject] = tuple(self.given["experts"])
+            spans = [expert.interval for expert in handed]
+            if spans != list(intervals):
+                raise OptionError(
+                    f"given: the experts answer for {spans}; the intervals are {list(intervals)}. "
+                    "Give experts of these, or give the intervals, too."
+                )
+            return handed
         if self.recipe.prepare is None or "mixture" in self.given:
             return experts
         recipe, tuner = self.recipe, self.recipe.prepare
@@ -133,6 +144,7 @@ class Stages:
 
         Raises:
             BudgetError: the gate spent more than there is, or there is less than must be spent.
+            PlanError: the plan does not fit the experts.
         """
         if "plan" in self.given:
             plan: Plan = self.given["plan"]
@@ -147,6 +159,8 @@ class Stages:
                     stacklevel=3,
                 )
         plan.check(experts[0].anatomy)
+        if "mixture" not in self.given:
+            plan.check_separate(experts[0].anatomy, [expert.denoiser for expert in experts])
         return plan
 
     def _planned(
@@ -207,11 +221,13 @@ class Stages:
     def _depends(self, subjects: Sequence[Subject], *values: Any) -> tuple[Any, ...]:
         """What a stage depends on: code, weights, schedule, data, sampling, and the strategy."""
         weights = {id(s.denoiser): s.denoiser for s in subjects}
+        places = [[*weights].index(id(s.denoiser)) for s in subjects]
         packages = sorted({type(value).__module__.partition(".")[0] for value in values})
         return (
             version("moediff"), [versions().get(package, "") for package in packages],
-            [*weights.values()], settings(subjects[0].scheduler.config),
-            [s.interval for s in subjects], self.task, self.run.sampling, self.run.experts, *values,
+            [*weights.values()], places, subjects[0].anatomy,
+            settings(subjects[0].scheduler.config), [s.interval for s in subjects],
+            self.task, self.run.sampling, self.run.experts, self.run.device.type, *values,
         )  # fmt: skip
 
 

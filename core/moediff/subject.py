@@ -66,7 +66,8 @@ def preserved(denoiser: nn.Module) -> Iterator[nn.Module]:
     flags = {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()}
     grads = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Where nothing runs on a GPU, asking for its state would set up every one of them.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     denoiser.eval()
     frozen = not any(flags.values())
     for parameter in denoiser.parameters():

@@ -132,8 +132,7 @@ class Task:
                 "classes: this task has no labels. Give labels, or do not select classes."
             )
         labels = self.conditioning["class_labels"]
-        missing = [c for c in wanted if not (labels == c).any()]
-        if missing or not wanted:
+        if not wanted or not set(wanted) <= set(self.classes):
             raise DataError(
                 f"classes: got {wanted}; allowed are {self.classes}, the classes of this task."
             )
@@ -184,8 +183,9 @@ class Task:
         source = self.conditioning if training or not self.held_out else self.held_out
         total = len(next(iter(source.values()))) if source else len(self)
         rows = torch.arange(count) * total // max(count, 1) % total
-        if "class_labels" in source:
-            order = torch.argsort(source["class_labels"], stable=True)
+        labels = source.get("class_labels")
+        if labels is not None and labels.ndim == 1:
+            order = torch.argsort(labels, stable=True)
             rows = order[rows]
         chosen = {name: value.to(device) for name, value in _take(source, rows).items()}
         null = {
@@ -206,6 +206,13 @@ class Task:
             conditioned: whether it takes class labels.
             classes: how many it knows, the null label included; None where it does not say.
         """
+        parts = (self.conditioning, self.null, self.held_out)
+        places = {str(value.device) for words in parts for value in words.values()}
+        if (places | {str(self.samples.device)}) != {"cpu"}:
+            raise DataError(
+                f"task: got tensors on {', '.join(sorted(places | {str(self.samples.device)}))}; "
+                'allowed is "cpu", from which batches go to the denoiser. Call `.cpu()` on them.'
+            )
         if tuple(self.samples.shape[1:]) != shape:
             raise DataError(
                 f"images: got samples of shape {tuple(self.samples.shape[1:])}; the denoiser takes "

@@ -19,7 +19,7 @@ import attrs
 import torch
 from tqdm.auto import tqdm
 
-from moediff.errors import ArtefactError, WorkdirError
+from moediff.errors import ArtefactError, OptionError, WorkdirError
 from moediff.sampling import Sampling
 from moediff.storage import Packed, Tensors, fingerprint, read_packed, write_json, write_packed
 
@@ -166,6 +166,7 @@ class Run:
             inner = {k: Spent(**v) for k, v in data["inner"].items()}
             found = _Stage(name, path, Spent(**data["spent"]), records, inner)
             self._book(name, found, read=True)
+            _tidy(path)
             return unpack({k: v for k, v in tensors.items() if k[:7] != "record:"}, data["value"])
         stage = _Stage(name, path)
         with self._entered(stage):
@@ -179,8 +180,7 @@ class Run:
             write_packed(
                 path, (tensors | records, {"value": value, "spent": spent, "inner": inside})
             )
-            for leftover in path.parent.glob(f"{path.stem}.*.checkpoint"):
-                leftover.unlink()
+            _tidy(path)
         return result
 
     def _book(self, name: str, stage: _Stage, *, read: bool) -> None:
@@ -207,6 +207,12 @@ class Run:
             self._stages[-1].inner_seconds += elapsed
 
 
+def _tidy(path: Path) -> None:
+    """Remove the unfinished work of a finished stage."""
+    for leftover in path.parent.glob(f"{path.stem}.*.checkpoint"):
+        leftover.unlink()
+
+
 def _sum(before: Spent | None, more: Spent) -> Spent:
     before = before or Spent()
     return Spent(
@@ -219,8 +225,16 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
     Raises:
         WorkdirError: the folder holds another run, or files that are not a run's.
+        OptionError: the identity holds what JSON cannot.
     """
     path = folder / "run.json"
+    try:
+        identity = json.loads(json.dumps(identity))  # as it will be found again
+    except TypeError as error:
+        raise OptionError(
+            f"recipe: cannot be written to {path} ({error}). Strategies in a run with a folder "
+            "have options that JSON knows: numbers, words, lists and tables of them."
+        ) from error
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -240,4 +254,4 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     # A process that was killed while it wrote run.json leaves only its partial file.
     if folder.exists() and any(not f.name.endswith(".partial") for f in folder.iterdir()):
         raise WorkdirError(f"{folder}: is not empty and holds no run. Choose an empty folder.")
-    write_json(path, dict(identity))
+    write_json(path, identity)

@@ -31,7 +31,7 @@ from moediff.errors import (
 )
 from moediff.storage import fingerprint, read_packed
 from tests.conftest import tiny_task, tiny_unet
-from tests.core.toys import CALLS, Failing, Nudge, recipe
+from tests.core.toys import CALLS, Draw, Failing, Nudge, recipe
 
 SCHEDULER = DDPMScheduler()
 WHOLE = recipe(prepare=Nudge(), recover=Nudge(0.02), seed=3)
@@ -216,3 +216,34 @@ def test_a_sampling_that_cannot_be_is_refused_before_anything_is_done(tmp_path: 
         build_experts(tiny_unet(), SCHEDULER, tiny_task(), flow, tmp_path / "run")
     assert not CALLS
     assert not (tmp_path / "run").exists()
+
+
+@attrs.frozen
+class Listing(Draw):
+    """A scorer with a sequence among its options."""
+
+    sizes: tuple[Any, ...] = (1, 2)
+
+
+def test_a_run_whose_strategy_has_a_sequence_goes_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        build_experts(tiny_unet(), SCHEDULER, tiny_task(), recipe(scorer=Listing()), tmp_path)
+    assert CALLS["score"] == 1
+
+
+def test_options_that_no_json_knows_are_refused(tmp_path: Path) -> None:
+    pathed = recipe(scorer=Listing(sizes=(tmp_path,)))
+    with pytest.raises(OptionError, match=r"PosixPath is not JSON serializable.*numbers, words"):
+        build_experts(tiny_unet(), SCHEDULER, tiny_task(), pathed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_knows_its_scheduler_again(tmp_path: Path) -> None:
+    build_experts(tiny_unet(), SCHEDULER, tiny_task(), recipe(), tmp_path)
+    other = DDPMScheduler(prediction_type="v_prediction")
+    with pytest.raises(WorkdirError, match="it differs in scheduler"):
+        build_experts(tiny_unet(), other, tiny_task(), recipe(), tmp_path)
+
+
+def test_the_user_s_scheduler_is_not_the_one_that_works() -> None:
+    assert moediff.installed().dissect(tiny_unet(), SCHEDULER).scheduler is not SCHEDULER

@@ -44,6 +44,18 @@ def test_what_fits_is_taken() -> None:
             },
             "disagree about the cuts",
         ),
+        (
+            {
+                "plan": Plan(plan_at(300).intervals, [Blueprint()] * 2),
+                "mixture": ExpertMixture.from_experts([SUBJECT] * 2, plan_at(300)),
+            },
+            "the plan is not the mixture's",
+        ),
+        ({"intervals": (0, 500, 1000)}, "got a tuple as intervals; allowed is Intervals"),
+        ({"scores": torch.ones(UNITS)}, "got a Tensor as scores; allowed is Scores"),
+        ({"plan": plan_at(300).to_json()}, "got a dict as plan; .*from_json"),
+        ({"experts": SUBJECT}, "got a Subject as experts; allowed is a sequence of Subject"),
+        ({"experts": [SUBJECT.denoiser] * 2}, "got a list as experts"),
         ({"experts": [SUBJECT] * 3}, "got 3 experts for 2 intervals"),
         ({"experts": [SUBJECT], "plan": plan_at(300)}, "got 1 experts for 2 intervals"),
         ({"scores": Scores(torch.ones(UNITS + 1))}, rf"allowed are \({UNITS},\) and \(2, {UNITS}"),

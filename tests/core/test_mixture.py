@@ -321,3 +321,13 @@ def test_the_mixture_looks_like_its_base_to_a_pipeline() -> None:
     assert mixture.config.in_channels == 3
     assert mixture.dtype == torch.float32
     assert mixture.device == torch.device("cpu")
+
+
+def test_a_mixture_is_packed_alike_in_every_process() -> None:
+    code = """
+from diffusers import DDPMScheduler
+from moediff.storage import fingerprint
+from tests.core.mixtures import dissected, mixture_of
+print(fingerprint(mixture_of(dissected()).pack()))
+"""
+    assert python(code, seed=1) == python(code, seed=2)

@@ -187,3 +187,9 @@ def test_cost_weights_experts_by_their_calls(subject: Subject) -> None:
     index = subject.anatomy.layer_index[layer]
     whole = float(prices.layers(Blueprint().mask(subject.anatomy))[index])
     assert cost["stored"] == pytest.approx(prices.full + whole - saved)
+
+
+def test_a_width_that_is_named_whole_is_one_that_is_not_named(subject: Subject) -> None:
+    width = next(iter(subject.anatomy.widths.values()))
+    named = Blueprint((), {width.name: range(width.count)})
+    Plan(Intervals((0, 500, 1000)), [named, Blueprint()]).check(subject.anatomy)

@@ -123,7 +123,11 @@ FILES: dict[str, tuple[str, type[Exception], str]] = {
     "unknown strategy": (TOY + "scorer = 'darw'", UnknownNameError, "Did you mean 'draw'"),
     "unknown option": (TOY + "[scorer]\nscal = 1", UnknownNameError, "unknown option 'scal'"),
     "refused option": (TOY + "[scorer]\nscale = -1", OptionError, "draw: .*scale"),
-    "no name": (WHOLE + "scorer = {scale = 1}\nbudget = {value = 1}", OptionError, "no `name`"),
+    "no name": (
+        WHOLE + "scorer = {scale = 1}\nbudget = {value = 1}",
+        OptionError,
+        "without a `name`",
+    ),
     "missing tables": ("scorer = 'draw'", OptionError, "clusterer, gate, pruner, budget missing"),
     "no TOML": ("base =", OptionError, "is not valid TOML"),
     "budget of zero": (TOY + "[budget]\nvalue = 0", BudgetError, "budget: got 0.0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moediff import Anatomy, Chain, Layer, Scores, SearchSpace, Width
+from moediff import Anatomy, Chain, Layer, Scores, SearchSpace, Subject, Width
 from moediff.errors import DataError
 
 A = Anatomy(
@@ -56,3 +56,13 @@ def test_the_smallest_mask_keeps_the_end_of_every_chain() -> None:
     )
     assert space.removable == 4
     assert space.smallest().tolist() == [0, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_scores_below_zero_keep_their_order_when_they_are_normalised(subject: Subject) -> None:
+    anatomy = subject.anatomy
+    values = torch.linspace(-3, -1, len(anatomy.units), dtype=torch.float64)
+    made = Scores(values, comparable=False).across(anatomy)
+    parts = [list(range(span.start, span.stop)) for span in anatomy.spans.values()]
+    for units in (*parts, list(anatomy.layer_units.values())):
+        assert torch.equal(made[units].argsort(), values[units].argsort())
+    assert made.abs().max() <= 1

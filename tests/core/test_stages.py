@@ -25,7 +25,8 @@ from moediff import (
     mixture,
     stages,
 )
-from moediff.errors import BudgetError, OptionError, UnknownNameError
+from moediff.anatomy import Anatomy
+from moediff.errors import BudgetError, OptionError, PlanError, UnknownNameError
 from moediff.plan import REST
 from moediff.storage import fingerprint
 from tests.conftest import tiny_task, tiny_unet
@@ -245,3 +246,73 @@ def test_intervals_that_are_never_sampled_warn() -> None:
     given = {"intervals": Intervals((0, 990, 1000))}
     with pytest.warns(NoEffectWarning, match=r"ddim, 4 steps\) never calls \[990, 1000\)"):
         build_experts(tiny_unet(), SCHEDULER, tiny_task(), recipe(), given=given)
+
+
+def test_experts_of_other_intervals_are_refused() -> None:
+    base = moediff.installed().dissect(tiny_unet(), SCHEDULER)
+    given = {"experts": base.split(Intervals((0, 100, 1000)))}
+    with pytest.raises(OptionError, match=r"answer for \[\(0, 100\), .*intervals are \[\(0, 500\)"):
+        build_experts(base.denoiser, SCHEDULER, tiny_task(), recipe(), given=given)
+
+
+def test_experts_that_were_trained_apart_may_not_share(tmp_path: Path) -> None:
+    plan = attrs.evolve(given_plan(), copies={}, intervals=Intervals.uniform(1000, 2))
+    with pytest.raises(PlanError, match=r"trained apart.*copies=\{'\*': \(0, 1\)\}"):
+        build_experts(tiny_unet(), SCHEDULER, tiny_task(), WHOLE, given={"plan": plan})
+
+
+def test_handed_in_experts_are_in_eval_mode_meanwhile() -> None:
+    base = moediff.installed().dissect(tiny_unet(), SCHEDULER)
+    experts = [
+        attrs.evolve(expert, denoiser=tiny_unet(seed=seed).train())
+        for seed, expert in enumerate(base.split(Intervals.uniform(1000, 2)))
+    ]
+    modes = []
+
+    @attrs.frozen
+    class Watching(Greedy):
+        """Notes the experts' modes."""
+
+        def allocate(self, experts: Any, *others: Any) -> Plan:
+            modes.extend(expert.denoiser.training for expert in experts)
+            return Greedy().allocate(experts, *others)
+
+    watching = recipe(gate=Watching())
+    build_experts(base.denoiser, SCHEDULER, tiny_task(), watching, given={"experts": experts})
+    assert modes == [False, False]
+    assert all(expert.denoiser.training for expert in experts)
+
+
+def test_plans_depend_on_which_expert_has_which_weights(tmp_path: Path) -> None:
+    base = moediff.installed().dissect(tiny_unet(), SCHEDULER)
+    spans, nets = Intervals.uniform(1000, 3), (base.denoiser, tiny_unet(seed=1))
+    for places in ((0, 0, 1), (0, 1, 1)):
+        pairs = zip(base.split(spans), places, strict=True)
+        experts = [attrs.evolve(expert, denoiser=nets[place]) for expert, place in pairs]
+        arguments = (base.denoiser, SCHEDULER, tiny_task(), recipe(experts=3))
+        build_experts(*arguments, cache=tmp_path, given={"experts": experts})
+    assert CALLS["allocate"] == 2
+
+
+def test_scores_depend_on_the_anatomy(tmp_path: Path) -> None:
+    @attrs.frozen
+    class Fewer:
+        """An anatomy without the last layer."""
+
+        def supports(self, denoiser: nn.Module) -> bool:
+            return True
+
+        def dissect(self, denoiser: nn.Module) -> Anatomy:
+            whole = moediff.installed().create("anatomies", "unet2d", {}).dissect(denoiser)
+            return Anatomy(whole.layers[:-1])
+
+    class Plugin:
+        @staticmethod
+        @moediff.hookimpl
+        def anatomies() -> dict[str, type]:
+            return {"fewer": Fewer}
+
+    for registry in (moediff.installed(), moediff.Registry.of([("fewer", Plugin)], {})):
+        arguments = (tiny_unet(), SCHEDULER, tiny_task(), recipe())
+        build_experts(*arguments, cache=tmp_path, registry=registry)
+    assert CALLS["score"] == 2

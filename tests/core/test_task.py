@@ -231,3 +231,20 @@ def test_labels_that_the_denoiser_does_not_know_are_refused(
         task.check((3, 8, 8), conditioned=True, classes=4)
     Task.from_arrays(BYTES[:2], [0, 2], null_label=3).check((3, 8, 8), True, 4)
     task.check((3, 8, 8), conditioned=True)  # a denoiser that does not say
+
+
+def test_labels_that_are_vectors_are_sampled_in_their_order() -> None:
+    rows = torch.arange(12.0).view(4, 3)
+    task = Task(torch.zeros(4, 3, 8, 8), {"class_labels": rows})
+    assert torch.equal(task.prompts(4)[0]["class_labels"], rows)
+    with pytest.raises(DataError, match=r"got \[0\]; allowed are \[\]"):
+        task.subset([0])
+
+
+def test_samples_and_labels_lie_on_the_cpu() -> None:
+    for task in (
+        Task(torch.zeros(4, 3, 8, 8, device="meta")),
+        Task(torch.zeros(4, 3, 8, 8), {"class_labels": torch.zeros(4, device="meta")}),
+    ):
+        with pytest.raises(DataError, match=r"task: got tensors on .*meta; allowed is \"cpu\""):
+            task.check((3, 8, 8), conditioned=True)

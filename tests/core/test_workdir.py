@@ -217,6 +217,19 @@ def test_checkpoints_belong_to_their_stage_and_end_with_it(tmp_path: Path) -> No
     assert [f.suffix for f in tmp_path.iterdir()] == [".safetensors"]
 
 
+def test_unfinished_work_that_a_kill_left_behind_is_tidied_up(tmp_path: Path) -> None:
+    def once() -> str:
+        return Run(cache=tmp_path).stage(
+            "s", (), lambda: "made", pack=lambda v: ({}, v), unpack=lambda t, v: str(v)
+        )
+
+    once()
+    (stored,) = tmp_path.iterdir()
+    stored.with_suffix(".part.checkpoint").touch()
+    once()
+    assert list(tmp_path.iterdir()) == [stored]
+
+
 def test_a_checkpoint_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
     run, found = Run(cache=tmp_path), []
 

@@ -28,6 +28,7 @@ from moediff import (
     Subject,
     Task,
 )
+from moediff.plan import REST
 from moediff.roles import Rank
 from moediff.testing.tiny import Elements
 
@@ -93,6 +94,8 @@ class Greedy:
         blueprint = Blueprint.from_mask(experts[0].anatomy, mask)
         numbers = (0,) * (len(intervals) - 1) + (1 if len(intervals) > 1 else 0,)
         names = [layer.name for layer in experts[0].anatomy.layers]
+        if len({id(expert.denoiser) for expert in experts}) > 1:  # a tuner made them separate
+            names, numbers = [REST], tuple(range(len(intervals)))
         return Plan(intervals, [blueprint] * len(intervals), dict.fromkeys(names, numbers))
 
 

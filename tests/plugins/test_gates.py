@@ -234,6 +234,9 @@ def test_one_hot_keeps_experts_separate_that_a_tuner_made_so(subject):
     budget = moediff.Budget(0.6, Params())
     plan = OneHot().allocate(experts, spaces, INTERVALS, budget, tiny_task(), run)
     assert plan.copies == {REST: (0, 1)}
+    with pytest.warns(NoEffectWarning, match="`outer` have no effect"):
+        same = OneHot(outer=2).allocate(experts, spaces, INTERVALS, budget, tiny_task(), run)
+    assert same == plan
 
 
 def test_one_hot_shares_no_layer_that_the_scores_make_different(subject):

@@ -166,3 +166,17 @@ def test_a_gate_may_spend_one_kind_of_budget_if_it_refuses_the_other() -> None:
     caught(check_gate, StoredOnly(), "spends a budget. Found: refused: give a budget of stored")
     with pytest.raises(ConformanceError, match="spends no budget of live cost"):
         check_gate(StoredOnly(refuses=False), of=("stored",))
+
+
+@attrs.frozen
+class Merging(Apart):
+    """Makes one of experts that were trained apart."""
+
+    def allocate(self, experts: Sequence[Subject], *others: Any) -> Plan:
+        plan = super().allocate(experts, *others)
+        apart = experts[0].denoiser is not experts[1].denoiser
+        return attrs.evolve(plan, blueprints=plan.blueprints[:1] * 2, copies={}) if apart else plan
+
+
+def test_a_gate_that_merges_what_was_trained_apart_is_caught() -> None:
+    caught(check_gate, Merging(), "experts trained apart share no layer")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 
 from moediff.cost import Budget
-from moediff.errors import BudgetError, OptionError
+from moediff.errors import BudgetError, OptionError, PlanError
 from moediff.plan import Plan
 from moediff.roles import (
     Clusterer,
@@ -143,6 +144,28 @@ def check_gate(strategy: Any, of: Sequence[str] = ("live", "stored"), ordered: b
                 lambda plan: plan and plan.to_json(),
             )
             failing(strategy, tiny.tiny_subject, allocate)
+    with settled():
+        _check_separate(strategy, of[0])
+
+
+def _check_separate(strategy: Any, of: str) -> None:
+    """Experts that a tuner has made separate share nothing, or are refused."""
+    subject, intervals = tiny.tiny_subject(), Intervals(tiny.CUTS)
+    experts = [
+        attrs.evolve(expert, denoiser=copy.deepcopy(expert.denoiser))
+        for expert in subject.split(intervals)
+    ]
+    spaces = [tiny.tiny_space(subject)] * len(experts)
+    budget = Budget(0.75, tiny.Elements(), of)  # type: ignore[arg-type]
+    try:
+        plan = strategy.allocate(
+            experts, spaces, intervals, budget, tiny.tiny_task(), tiny.tiny_run()
+        )
+        plan.check_separate(subject.anatomy, [expert.denoiser for expert in experts])
+    except PlanError as error:
+        promise(False, strategy, "experts trained apart share no layer", str(error))
+    except (OptionError, BudgetError):
+        return
 
 
 def _check_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -128,7 +129,7 @@ class Alignment:
         return run.stage(
             "gradients",
             (
-                [subject.denoiser], settings(subject.scheduler.config), task,
+                version("moediff"), [subject.denoiser], settings(subject.scheduler.config), task,
                 timesteps, seeds, self.images, self.batch, self.sketch,
             ),
             compute,

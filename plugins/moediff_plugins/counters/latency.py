@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,8 +88,8 @@ class Latency:
         shapes = {k: (v.dtype, tuple(v.shape)) for k, v in subject.denoiser.state_dict().items()}
         config = settings(getattr(subject.denoiser, "config", {}))
         key = fingerprint(
-            device, torch.__version__, torch.get_num_threads(), self.batch, self.rounds, shapes,
-            config, subject.anatomy,
+            version("moediff"), device, torch.__version__, torch.get_num_threads(), self.batch,
+            self.rounds, shapes, config, subject.anatomy,
         )[:16]  # fmt: skip
         slug = "".join(c if c.isalnum() else "-" for c in device)
         folder = self.folder or cached_assets_path("moediff", "latency")

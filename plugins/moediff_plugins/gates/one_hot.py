@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -12,7 +13,7 @@ from attrs.validators import ge, instance_of, optional
 from moediff.allowance import Allowance
 from moediff.anatomy import Anatomy
 from moediff.cost import Budget
-from moediff.errors import OptionError
+from moediff.errors import NoEffectWarning, OptionError
 from moediff.plan import REST, Blueprint, Plan
 from moediff.space import SearchSpace
 from moediff.subject import Subject
@@ -54,6 +55,16 @@ class OneHot:
         run: Run,
     ) -> Plan:
         anatomy = experts[0].anatomy
+        if _separate(experts) and (
+            self.copies is not None or self.uneven or self.outer is not None
+        ):
+            warnings.warn(
+                "one-hot: a tuner has made the experts separate, so each has copies of its own; "
+                "`copies`, `uneven` and `outer` have no effect. Leave them out, or leave out "
+                "`prepare`.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         prices = budget.counter.price(experts[0])
         calls = run.sampling.calls(experts[0].scheduler, intervals)
         expanded = self._table(experts, [layer.name for layer in anatomy.layers])
@@ -76,8 +87,7 @@ class OneHot:
     def _table(self, experts: Sequence[Subject], left: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Layer name -> N copy numbers, when the layers `left` remain."""
         count = len(experts)
-        separate = len({id(expert.denoiser) for expert in experts}) > 1
-        if separate:
+        if _separate(experts):
             return {REST: tuple(range(count))}
         table = {REST: (0,) * count}
         inner = frozenset[str]()
@@ -96,6 +106,10 @@ class OneHot:
                 )
             table[layer.name] = tuple(i * copies // count for i in range(count))
         return table
+
+
+def _separate(experts: Sequence[Subject]) -> bool:
+    return len({id(expert.denoiser) for expert in experts}) > 1
 
 
 def _check_alike(

@@ -32,7 +32,8 @@ class Page:
 
     Attributes:
         samples: how many images to show, from the run's sampling without guidance; of a
-            class-conditional model the task's classes in turn.
+            class-conditional model the task's classes in turn. None of a model whose labels are
+            no class numbers.
     """
 
     samples: int = attrs.field(default=16, validator=[instance_of(int), ge(0)])
@@ -43,7 +44,8 @@ class Page:
         base = base_shapes(data, installed())
         recipe, figures = about["recipe"], []
         sampling = Sampling(**recipe["sampling"])
-        if self.samples:
+        labelled = getattr(base.denoiser, "class_embedding", None) is not None
+        if self.samples and (about.get("classes") or not labelled):
             figures.append(_samples(mixture, base, sampling, self.samples, about.get("classes")))
         if "intervals/similarity" in records:
             figures.append(_alignment(records, mixture))
@@ -137,7 +139,7 @@ def _samples(
     count: int,
     classes: Sequence[int] | None,
 ) -> Figure:
-    """Images of the mixture, of the task's classes in turn."""
+    """Images of the mixture, of the task's classes in turn if it has any."""
     sampling = Sampling(sampling.scheduler, sampling.steps, seed=sampling.seed)
     seeds, conditioning = sampling.seeds(count), {}
     note = f"{sampling.scheduler}, {sampling.steps} steps, no guidance."

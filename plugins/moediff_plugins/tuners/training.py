@@ -1,4 +1,8 @@
-"""What the tuners share: one training loop, which a killed run resumes bit-equal."""
+"""What the tuners share: one training loop, which a killed run resumes, on a CPU bit-equal.
+
+On a GPU backward passes may add up in another order each time, unless torch is told to be
+deterministic (`torch.use_deterministic_algorithms`).
+"""
 
 from __future__ import annotations
 
