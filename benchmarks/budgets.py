@@ -6,7 +6,8 @@ A base whose layers' fixed parts take more than 30 % has the next twentieth abov
 "diff-pruning" is SP, Structural Pruning for Diffusion Models (Fang et al., 2023). "torch-pruning"
 is that tool, in its authors' way and in one that suits few steps. All rows have the same number of
 optimiser batches but one, which tells what fewer of them cost: DiffPruning spends most of its own
-before it fine-tunes.
+before it fine-tunes. Another one tells which units from how many: it keeps as many units of every
+width as "taylor", and those with the largest L1 norms, as DiffPruning does.
 
     pip install torch-pruning
     python -m benchmarks.budgets --on digits
@@ -25,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.recipes import GATES, base_rows, diffpruning, finetune, from_scratch
-from benchmarks.rows import Figures, Row, collect, slug, trained
+from benchmarks.rows import Figures, Row, collect, measure, slug, train, trained
 from benchmarks.settings import Setting, parse_args, whole_task
 from benchmarks.tables import (
     describe,
@@ -37,19 +38,22 @@ from benchmarks.tables import (
     write_table,
 )
 from benchmarks.torch_pruning_baseline import pruned_row
-from moediff import Plan, Recipe, Scores
+from moediff import Plan, Recipe, Run, Scores
 from moediff.roles import Scorer
 from moediff.storage import read_packed
 from moediff_plugins.counters.macs import MACs
 from moediff_plugins.gates.one_hot import OneHot
 from moediff_plugins.reports import document, plots
 from moediff_plugins.scorers.diff_pruning import DiffPruning
+from moediff_plugins.scorers.magnitude import Magnitude
 from moediff_plugins.scorers.taylor import Taylor
 
 HALF, LEAST = 0.5, 0.3
 OURS = "DiffPruning, {:.0%}"
 OURS_HALF = OURS.format(HALF)
+TAYLOR = "taylor, 50%"
 SHORT = "taylor, 50%, fine-tuned as little"
+COUNTS = "taylor, 50%, with L1's units"
 
 
 def shares_of(on: Setting) -> tuple[float, ...]:
@@ -71,18 +75,43 @@ def by_score(on: Setting, scorer: Scorer) -> Recipe:
     )
 
 
+def with_units(on: Setting, recipe: Recipe, scorer: Scorer, name: str) -> Row:
+    """Of every width as many units as another recipe keeps, but those that a scorer ranks first.
+
+    Args:
+        on: the setting.
+        recipe: the other one, for one expert.
+        scorer: ranks units inside a layer.
+        name: of this row.
+    """
+
+    def row(seed: int) -> dict[str, float]:
+        plan = train(attrs.evolve(recipe, recover=None), on, f"{name}, how many", seed).plan
+        values = scorer.score(on.subject, on.task, Run(seed=seed)).values
+        (counted,) = plan.blueprints
+        keep = {
+            width: values[on.subject.anatomy.spans[width]].topk(len(kept)).indices.tolist()
+            for width, kept in counted.keep.items()
+        }
+        plan = attrs.evolve(plan, blueprints=(attrs.evolve(counted, keep=keep),))
+        return measure(train(recipe, on, name, seed, {"plan": plan}), on, seed)
+
+    return Row(row, (recipe, scorer))
+
+
 def rows(on: Setting, shares: Sequence[float]) -> dict[str, Row]:
     """The base rows, the budgets, and the others at half of the MACs."""
     ours = {OURS.format(share): diffpruning(on, share) for share in shares}
     recipes = ours | {
         "single expert, 50%": diffpruning(on, HALF, experts=1),
-        "taylor, 50%": by_score(on, Taylor()),
+        TAYLOR: by_score(on, Taylor()),
         SHORT: attrs.evolve(by_score(on, Taylor()), recover=ours[OURS_HALF].recover),
         "diff-pruning, 50%": by_score(on, DiffPruning(stride=on.stride)),
     }
     return {
         **base_rows(on),
         **{name: trained(recipe, on, name) for name, recipe in recipes.items()},
+        COUNTS: with_units(on, recipes[TAYLOR], Magnitude(), COUNTS),
         "from scratch, 50%": from_scratch(on, recipes[OURS_HALF], OURS_HALF),
         "torch-pruning, 50%": pruned_row(on, HALF),
         "torch-pruning, first stage kept, 50%": pruned_row(on, HALF, keep_path=True),
@@ -159,7 +188,8 @@ def main() -> None:
         "the budget is met. `torch-pruning, first stage kept` was chosen after seeing the images "
         "of the row before. `from scratch` has new weights in the architecture of "
         f"`{OURS_HALF}`; what it took to find that is not counted. `{SHORT}` has no more batches "
-        f"than the fine-tuning of `{OURS_HALF}`. "
+        f"than the fine-tuning of `{OURS_HALF}`; `{COUNTS}` keeps as many units of every width, "
+        "those with the largest L1 norms. "
         f"{GATES} " + describe(on)
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
