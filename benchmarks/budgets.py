@@ -147,30 +147,30 @@ def curves(figures: Figures, shares: Sequence[float]) -> Figure:
 
 def intervals_of(on: Setting) -> document.Figure:
     """The alignment of the timesteps, from the first seed of the row at half of the MACs."""
-    records, _ = read_packed(_folder(on, HALF) / "records.safetensors")
+    records, _ = read_packed(_folder(on, OURS_HALF) / "records.safetensors")
     return plots.alignment_plot(
         "Alignment",
         "",
         records["intervals/similarity"],
-        _plan(on, HALF).intervals.cuts,
+        _plan(on, OURS_HALF).intervals.cuts,
         objective=records["intervals/objective"],
         held_out=records["intervals/held-out-fit"],
         reliability=records["intervals/reliability"],
     )
 
 
-def experts_of(on: Setting, share: float) -> document.Figure:
-    """What the experts of a budget keep, from the first seed."""
-    return plots.plan_plot(OURS.format(share), "", on.subject.anatomy, _plan(on, share))
+def experts_of(on: Setting, name: str) -> document.Figure:
+    """What the experts of a row keep, from the first seed."""
+    return plots.plan_plot(name, "", on.subject.anatomy, _plan(on, name))
 
 
-def _plan(on: Setting, share: float) -> Plan:
-    return Plan.from_json((_folder(on, share) / "plan.json").read_text(encoding="utf-8"))
+def _plan(on: Setting, name: str) -> Plan:
+    return Plan.from_json((_folder(on, name) / "plan.json").read_text(encoding="utf-8"))
 
 
-def _folder(on: Setting, share: float) -> Path:
-    """Where the first seed of a budget was trained."""
-    return on.folder / slug(OURS.format(share), on.seeds[0])
+def _folder(on: Setting, name: str) -> Path:
+    """Where the first seed of a row was trained."""
+    return on.folder / slug(name, on.seeds[0])
 
 
 def main() -> None:
@@ -196,7 +196,8 @@ def main() -> None:
     write_plot("budgets", curves(figures, shares), on)
     write_picture("budgets-alignment", intervals_of(on), on)
     for share in shares:
-        write_picture(f"budgets-experts-{100 * share:.0f}", experts_of(on, share), on)
+        write_picture(f"budgets-experts-{100 * share:.0f}", experts_of(on, OURS.format(share)), on)
+    write_picture("budgets-experts-taylor", experts_of(on, TAYLOR), on)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_an_experiment_writes_its_table_and_does_not_repeat_itself(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "row", "pictures"),
     [
-        ("budgets", "torch-pruning, first stage kept, 50%", 5),
+        ("budgets", "torch-pruning, first stage kept, 50%", 6),
         ("elastic_ranks", "timesteps 500 to 999", 1),
         ("ladder", "DiffPruning, fine-tuned as long as ERA", 0),
         ("latency_budget", "50% of the time, ERA, two experts", 0),
