@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
 
 import moediff
 from moediff import Blueprint, ExpertMixture, Intervals, Plan, Subject
 from moediff.plan import REST
+from moediff.storage import fingerprint
 from tests.conftest import tiny_unet
 
 CUTS = Intervals((0, 300, 600, 1000))
@@ -65,3 +67,8 @@ def equal(first: ExpertMixture, second: ExpertMixture) -> bool:
         torch.equal(value, states[1][name]) and value.dtype == states[1][name].dtype
         for name, value in states[0].items()
     )
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    """Equal settings and weights."""
+    return fingerprint(first) == fingerprint(second)

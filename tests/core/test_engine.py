@@ -31,19 +31,11 @@ from moediff.errors import (
 )
 from moediff.storage import fingerprint, read_packed
 from tests.conftest import tiny_task, tiny_unet
+from tests.core.mixtures import same
 from tests.core.toys import CALLS, Draw, Failing, Nudge, recipe
 
 SCHEDULER = DDPMScheduler()
 WHOLE = recipe(prepare=Nudge(), recover=Nudge(0.02), seed=3)
-
-
-@pytest.fixture(autouse=True)
-def no_calls() -> None:
-    CALLS.clear()
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    return fingerprint(first) == fingerprint(second)
 
 
 def test_a_mixture_is_built() -> None:

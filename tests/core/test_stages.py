@@ -31,19 +31,11 @@ from moediff.plan import REST
 from moediff.storage import fingerprint
 from tests.conftest import tiny_task, tiny_unet
 from tests.core import toys
+from tests.core.mixtures import same
 from tests.core.toys import CALLS, Draw, Greedy, Nudge, PerInterval, recipe
 
 SCHEDULER = DDPMScheduler()
 WHOLE = recipe(prepare=Nudge(), recover=Nudge(0.02), seed=3)
-
-
-@pytest.fixture(autouse=True)
-def no_calls() -> None:
-    CALLS.clear()
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    return fingerprint(first) == fingerprint(second)
 
 
 def test_experts_that_are_one_object_are_scored_once_also_without_a_folder() -> None:
