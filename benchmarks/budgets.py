@@ -187,9 +187,9 @@ def main() -> None:
         "first two remove what has the lowest score per MAC, of layers the deepest first, until "
         "the budget is met. `torch-pruning, first stage kept` was chosen after seeing the images "
         "of the row before. `from scratch` has new weights in the architecture of "
-        f"`{OURS_HALF}`; what it took to find that is not counted. `{SHORT}` has no more batches "
-        f"than the fine-tuning of `{OURS_HALF}`; `{COUNTS}` keeps as many units of every width, "
-        "those with the largest L1 norms. "
+        f"`{OURS_HALF}`, and `{COUNTS}` keeps as many units of every width as `{TAYLOR}`, those "
+        "with the largest L1 norms; what it took to find these is not counted. "
+        f"`{SHORT}` has no more batches than the fine-tuning of `{OURS_HALF}`. "
         f"{GATES} " + describe(on)
     )
     write_table("budgets", "Budgets and other tools (DiffPruning Table 1)", about, lines, on)
