@@ -41,10 +41,13 @@ def jacobian(subject: Subject, task: moediff.Task, run: Run, images: int) -> tor
 
 
 @pytest.mark.filterwarnings(DIFFUSERS)
-@pytest.mark.parametrize("scheduler_name", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize(
+    ("scheduler_name", "rounding"),
+    [("ddim", 1e-8), ("dpmsolver++", 1e-6)],  # diffusers' DPM-Solver steps in float32
+)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_the_sketch_is_the_formula_on_the_exact_jacobian(
-    subject: Subject, task: moediff.Task, norm: Any, scheduler_name: str
+    subject: Subject, task: moediff.Task, norm: Any, scheduler_name: str, rounding: float
 ) -> None:
     subject = part(subject, 2, double=True)
     run = Run(sampling=Sampling(scheduler_name, 3))
@@ -61,7 +64,7 @@ def test_the_sketch_is_the_formula_on_the_exact_jacobian(
         effects.append(middle if norm == "l1" else pulled.square().mean(0).sqrt())
     pixels = exact.shape[1] if norm == "l1" else exact.shape[1] ** 0.5
     wanted = by_unit(subject.anatomy, torch.stack(effects).mean(0) / pixels, "sum")
-    torch.testing.assert_close(scores.values, wanted, rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(scores.values, wanted, rtol=rounding, atol=1e-14)
 
 
 def test_many_projections_find_the_norms_of_the_jacobian(
