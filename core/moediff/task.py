@@ -206,12 +206,13 @@ class Task:
             conditioned: whether it takes class labels.
             classes: how many it knows, the null label included; None where it does not say.
         """
-        parts = (self.conditioning, self.null, self.held_out)
-        places = {str(value.device) for words in parts for value in words.values()}
-        if (places | {str(self.samples.device)}) != {"cpu"}:
+        rows = (self.conditioning, self.null, self.held_out)
+        tensors = [self.samples, *(value for part in rows for value in part.values())]
+        places = sorted({str(tensor.device) for tensor in tensors})
+        if places != ["cpu"]:
             raise DataError(
-                f"task: got tensors on {', '.join(sorted(places | {str(self.samples.device)}))}; "
-                'allowed is "cpu", from which batches go to the denoiser. Call `.cpu()` on them.'
+                f"task: got tensors on {', '.join(places)}; allowed is cpu, from which batches go "
+                "to the denoiser. Call `.cpu()` on them."
             )
         if tuple(self.samples.shape[1:]) != shape:
             raise DataError(
