@@ -84,6 +84,20 @@ def test_samples_are_of_the_task_s_classes(tmp_path: Path) -> None:
     assert "Similarity of timesteps&#39; losses" in page
 
 
+def test_a_page_of_labels_that_are_no_class_numbers_has_no_samples(tmp_path: Path) -> None:
+    recipe = moediff.load_recipe(
+        "diffpruning", clusterer=Uniform(), prepare=None, gate=ERA(steps=3, hidden=8, **SMALL),
+        recover=None, budget=Budget(0.6, MACs()), sampling=Sampling("ddim", 4),
+    )  # fmt: skip
+    task = tiny_task()
+    floats = moediff.Task(task.samples, {"class_labels": torch.linspace(0, 1, len(task))})
+    net = tiny_unet(class_embed_type="timestep")
+    moediff.build_experts(net, DDPMScheduler(), floats, recipe, tmp_path)
+    page = Page(samples=4).write(tmp_path).read_text(encoding="utf-8")
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == ["What it took", "What the experts keep", "Training"]
+
+
 def test_a_page_shows_only_what_there_is(tmp_path: Path) -> None:
     built(tmp_path, recover=None)
     page = Page(samples=0).write(tmp_path).read_text(encoding="utf-8")
