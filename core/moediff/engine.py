@@ -17,7 +17,7 @@ from moediff.recipe import Recipe
 from moediff.registry import Registry, installed
 from moediff.stages import Stages
 from moediff.storage import fingerprint, settings, write_json, write_packed
-from moediff.subject import Subject, preserved
+from moediff.subject import Subject, preserved, takes_labels
 from moediff.task import Task
 from moediff.workdir import Run, claim
 
@@ -63,7 +63,7 @@ def build_experts(
         given.setdefault("plan", given["mixture"].plan)
     check_given(given, subject, recipe.experts)
     classes = getattr(denoiser.config, "num_class_embeds", None)
-    task.check(subject.shape, getattr(denoiser, "class_embedding", None) is not None, classes)
+    task.check(subject.shape, takes_labels(denoiser), classes)
     recipe.sampling.prepare(scheduler)  # refuses what cannot be sampled, before anything is done
     run = _open(subject, task, recipe, workdir, cache, given, verbose, registry)
     stages = Stages(recipe, task, given, run, registry)

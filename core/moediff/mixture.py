@@ -64,7 +64,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.tied = tied
         self.anatomy = subject.anatomy
         self.base_class = type(subject.denoiser).__name__
-        self.scheduler_config = dict(subject.scheduler.config)
+        self.scheduler_config = settings(subject.scheduler.config)
         self.scheduler_class = type(subject.scheduler).__name__
 
     @classmethod
@@ -168,10 +168,7 @@ class ExpertMixture(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def pack(self) -> Packed:
         """Tensors, each shared one once, and JSON data; `unpack` is the way back."""
         tensors = distinct(self)
-        scheduler = {
-            "class": self.scheduler_class,
-            "config": settings(plain(self.scheduler_config)),
-        }
+        scheduler = {"class": self.scheduler_class, "config": plain(self.scheduler_config)}
         data = {
             "base_class": self.base_class,
             "config": settings(json.loads(self.to_json_string())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,16 @@ class Subject:
     def timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draw `count` training timesteps (count,) of this subject's interval."""
         return torch.randint(*self.interval, (count,), generator=generator).to(self.device)
+
+
+def apart(experts: Sequence[Subject]) -> bool:
+    """Whether a tuner has given experts denoisers of their own."""
+    return len({id(expert.denoiser) for expert in experts}) > 1
+
+
+def takes_labels(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is called with `class_labels`."""
+    return getattr(denoiser, "class_embedding", None) is not None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from torch import nn
 
 import moediff
 from moediff import Blueprint, ExpertMixture, Intervals, Plan, Subject
@@ -62,13 +61,6 @@ def trained(mixture: ExpertMixture) -> ExpertMixture:
 
 
 def equal(first: ExpertMixture, second: ExpertMixture) -> bool:
-    states = first.state_dict(), second.state_dict()
-    return list(states[0]) == list(states[1]) and all(
-        torch.equal(value, states[1][name]) and value.dtype == states[1][name].dtype
-        for name, value in states[0].items()
-    )
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    """Equal settings and weights."""
-    return fingerprint(first) == fingerprint(second)
+    """Equal settings and weights, these in the same order."""
+    names = [list(mixture.state_dict()) for mixture in (first, second)]
+    return names[0] == names[1] and fingerprint(first) == fingerprint(second)

@@ -31,7 +31,7 @@ from moediff.errors import (
 )
 from moediff.storage import fingerprint, read_packed
 from tests.conftest import tiny_task, tiny_unet
-from tests.core.mixtures import same
+from tests.core.mixtures import equal
 from tests.core.toys import CALLS, Draw, Failing, Nudge, recipe
 
 SCHEDULER = DDPMScheduler()
@@ -73,7 +73,7 @@ def test_the_run_folder_holds_the_run(tmp_path: Path) -> None:
     stages = [f.name.partition("-")[0] for f in (tmp_path / "stages").iterdir()]
     assert sorted(stages) == ["intervals", "plan", "prepare", "recover", *["scores"] * 3]
     assert Plan.from_json((tmp_path / "plan.json").read_text()) == mixture.plan
-    assert same(ExpertMixture.from_pretrained(tmp_path / "mixture"), mixture)
+    assert equal(ExpertMixture.from_pretrained(tmp_path / "mixture"), mixture)
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["scores"]["samples"] == 3 * 7
     assert ledger["recover"]["steps"] == 1
@@ -106,9 +106,9 @@ def test_the_same_seed_gives_the_same_mixture_whatever_ran_before() -> None:
         np.random.seed(seed)
         torch.manual_seed(seed)
         mixtures.append(build_experts(tiny_unet(), SCHEDULER, tiny_task(), WHOLE))
-    assert same(*mixtures)
+    assert equal(*mixtures)
     other = build_experts(tiny_unet(), SCHEDULER, tiny_task(), attrs.evolve(WHOLE, seed=4))
-    assert not same(mixtures[0], other)
+    assert not equal(mixtures[0], other)
 
 
 def test_an_unknown_stage_is_refused() -> None:

@@ -31,7 +31,7 @@ from moediff.plan import REST
 from moediff.storage import fingerprint
 from tests.conftest import tiny_task, tiny_unet
 from tests.core import toys
-from tests.core.mixtures import same
+from tests.core.mixtures import equal
 from tests.core.toys import CALLS, Draw, Greedy, Nudge, PerInterval, recipe
 
 SCHEDULER = DDPMScheduler()
@@ -54,7 +54,7 @@ def test_a_second_call_reads_every_stage(tmp_path: Path) -> None:
     CALLS.clear()
     second = build_experts(tiny_unet(), SCHEDULER, tiny_task(), WHOLE, tmp_path)
     assert CALLS == {"prune": 1}  # cutting costs nothing and is not stored
-    assert same(first, second)
+    assert equal(first, second)
     assert second.plan == first.plan
     again = json.loads((tmp_path / "ledger.json").read_text())
     spent = [{k: (v["samples"], v["steps"]) for k, v in book.items()} for book in (ledger, again)]
@@ -68,7 +68,7 @@ def test_a_run_that_lost_its_last_stage_computes_only_that(tmp_path: Path) -> No
     CALLS.clear()
     second = build_experts(tiny_unet(), SCHEDULER, tiny_task(), WHOLE, tmp_path)
     assert CALLS == {"prune": 1, "recover": 1}
-    assert same(first, second)
+    assert equal(first, second)
 
 
 def test_swapping_the_gate_does_not_score_again(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_a_run_with_a_registry_of_its_own_goes_on_with_it(
     second = build_experts(*arguments, registry=own)
     assert CALLS == {"prune": 1}
     loaded = ExpertMixture.from_pretrained(tmp_path / "mixture", registry=own)
-    assert same(first, second)
-    assert same(first, loaded)
+    assert equal(first, second)
+    assert equal(first, loaded)
 
 
 def test_prepared_experts_depend_on_given_scores(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from moediff import (
 )
 from moediff.plan import REST
 from moediff.roles import Rank
+from moediff.subject import apart
 from moediff.testing.tiny import Elements
 
 CALLS: Counter[str] = Counter()
@@ -94,7 +95,7 @@ class Greedy:
         blueprint = Blueprint.from_mask(experts[0].anatomy, mask)
         numbers = (0,) * (len(intervals) - 1) + (1 if len(intervals) > 1 else 0,)
         names = [layer.name for layer in experts[0].anatomy.layers]
-        if len({id(expert.denoiser) for expert in experts}) > 1:  # a tuner made them separate
+        if apart(experts):  # a tuner made them separate
             names, numbers = [REST], tuple(range(len(intervals)))
         return Plan(intervals, [blueprint] * len(intervals), dict.fromkeys(names, numbers))
 

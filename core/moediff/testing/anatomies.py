@@ -15,7 +15,7 @@ from moediff.plan import Blueprint
 from moediff.roles import (
     AnatomyProvider,
 )
-from moediff.subject import Subject
+from moediff.subject import Subject, takes_labels
 from moediff.testing.promises import (
     check_value,
     promise,
@@ -140,7 +140,7 @@ def example(denoiser: Any, batch: int) -> tuple[torch.Tensor, dict[str, torch.Te
     height, width = (size, size) if isinstance(size, int) else size
     sample = torch.randn(batch, config.in_channels, height, width, generator=generator)
     inputs: dict[str, torch.Tensor] = {}
-    if getattr(denoiser, "class_embedding", None) is not None:
+    if takes_labels(denoiser):
         inputs["class_labels"] = torch.arange(batch) % int(config.num_class_embeds or 1)
     if isinstance(dim := config.get("cross_attention_dim"), int):
         inputs["encoder_hidden_states"] = torch.randn(batch, 3, dim, generator=generator)

@@ -11,6 +11,7 @@ from torch import nn
 
 from moediff.anatomy import Anatomy
 from moediff.errors import CountError, OptionError
+from moediff.subject import takes_labels
 
 
 def twin(denoiser: nn.Module, device: str) -> nn.Module:
@@ -58,7 +59,7 @@ def example(
     kind = config.get("class_embed_type")
     _refuse("class_embed_type", kind, (None, "timestep"))
     _refuse("addition_embed_type", config.get("addition_embed_type"), (None,))
-    if getattr(denoiser, "class_embedding", None) is not None:
+    if takes_labels(denoiser):
         inputs["class_labels"] = torch.zeros(1, dtype=torch.long, device=device)
     width = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
     if width is not None:

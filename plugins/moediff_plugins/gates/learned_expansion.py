@@ -16,7 +16,7 @@ from moediff.denoising import denoising_loss
 from moediff.errors import BudgetError, NoEffectWarning, OptionError
 from moediff.plan import REST, Blueprint, Plan
 from moediff.space import SearchSpace
-from moediff.subject import Subject
+from moediff.subject import Subject, apart
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
@@ -140,7 +140,7 @@ class LearnedExpansion:
                 "copies change what is stored and never what a call costs. Set the cost of a call "
                 f'with `live` (now {self.live}) and give Budget(..., of="stored").'
             )
-        if len({id(expert.denoiser) for expert in experts}) > 1:
+        if apart(experts):
             raise OptionError(
                 "experts: got denoisers that differ; learned-expansion allows one denoiser for all "
                 "intervals, of which it learns what to copy. Leave `prepare` out, or use one-hot."

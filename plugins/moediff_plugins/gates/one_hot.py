@@ -16,7 +16,7 @@ from moediff.cost import Budget
 from moediff.errors import NoEffectWarning, OptionError
 from moediff.plan import REST, Blueprint, Plan
 from moediff.space import SearchSpace
-from moediff.subject import Subject
+from moediff.subject import Subject, apart
 from moediff.task import Task
 from moediff.timesteps import Intervals
 from moediff.workdir import Run
@@ -55,9 +55,7 @@ class OneHot:
         run: Run,
     ) -> Plan:
         anatomy = experts[0].anatomy
-        if _separate(experts) and (
-            self.copies is not None or self.uneven or self.outer is not None
-        ):
+        if apart(experts) and (self.copies is not None or self.uneven or self.outer is not None):
             warnings.warn(
                 "one-hot: a tuner has made the experts separate, so each has copies of its own; "
                 "`copies`, `uneven` and `outer` have no effect. Leave them out, or leave out "
@@ -87,7 +85,7 @@ class OneHot:
     def _table(self, experts: Sequence[Subject], left: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Layer name -> N copy numbers, when the layers `left` remain."""
         count = len(experts)
-        if _separate(experts):
+        if apart(experts):
             return {REST: tuple(range(count))}
         table = {REST: (0,) * count}
         inner = frozenset[str]()
@@ -106,10 +104,6 @@ class OneHot:
                 )
             table[layer.name] = tuple(i * copies // count for i in range(count))
         return table
-
-
-def _separate(experts: Sequence[Subject]) -> bool:
-    return len({id(expert.denoiser) for expert in experts}) > 1
 
 
 def _check_alike(

@@ -17,7 +17,7 @@ from moediff.mixture import ExpertMixture
 from moediff.registry import installed
 from moediff.sampling import Sampling, generate, initial_noise
 from moediff.storage import Tensors, read_packed
-from moediff.subject import Subject
+from moediff.subject import Subject, takes_labels
 from moediff_plugins.reports.document import Figure, Table, write_page
 from moediff_plugins.reports.plots import alignment_plot, curves_plot, plan_plot, sample_grid
 
@@ -44,8 +44,7 @@ class Page:
         base = base_shapes(data, installed())
         recipe, figures = about["recipe"], []
         sampling = Sampling(**recipe["sampling"])
-        labelled = getattr(base.denoiser, "class_embedding", None) is not None
-        if self.samples and (about.get("classes") or not labelled):
+        if self.samples and (about.get("classes") or not takes_labels(base.denoiser)):
             figures.append(_samples(mixture, base, sampling, self.samples, about.get("classes")))
         if "intervals/similarity" in records:
             figures.append(_alignment(records, mixture))
